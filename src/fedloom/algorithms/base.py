@@ -1,0 +1,177 @@
+"""The contract of a federated algorithm: pure methods over explicit state, whose defaults are FedAvg (arXiv 1602.05629).
+
+Client methods are coroutines that yield effects (`Fit`, `Score`, ...), so one file runs wherever a runtime can perform
+them. A method must read only its arguments and what effects return, never live weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+from fedloom import tensors
+from fedloom.parts import Part
+from fedloom.server.aggregate import Aggregator
+from fedloom.server.optim import ServerOptimizer
+from fedloom.types import (
+    Bundle,
+    ClientUpdate,
+    Correction,
+    Fit,
+    Fitted,
+    Memory,
+    Message,
+    Penalty,
+    Score,
+    ServerState,
+    Split,
+    Steps,
+    Tensors,
+    done,
+)
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
+
+Rows = TypeVar("Rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """What a client's half of an algorithm sees.
+
+    Attributes:
+        name: the client.  round: the current round, from 0.
+        memory: the client's private groups as of its last finished round; empty before the first.
+        examples: true number of its training rows.  weight: its weight in the mean.
+        initial: the adapter that every participant starts from (`init`, or drawn from the seed).
+    """
+
+    name: str
+    round: int
+    memory: Memory
+    examples: int
+    weight: float
+    initial: Tensors
+
+    def fit(
+        self,
+        start: Tensors,
+        *,
+        trainable: Callable[[str], bool] | None = None,
+        penalty: Penalty | None = None,
+        correct: Correction | None = None,
+    ) -> Steps[Fitted]:
+        """Train on the client's rows, from `start`; see `Fit`."""
+        fitted: Fitted = yield Fit(start, trainable, penalty, correct)
+        return fitted
+
+    def score(self, params: Tensors | None, split: Split) -> Steps[Bundle]:
+        """Return the loss sums (nll, tokens, bytes, examples) of `params` (None: the base) on the rows of `split`."""
+        sums: Bundle = yield Score(params, split)
+        return sums
+
+    def update(self, delta: Tensors, fitted: Fitted, **groups: Bundle) -> ClientUpdate:
+        """Pack a change of the shared weights, and further groups, as this client's update.
+
+        Args:
+            delta: trained minus broadcast weights.
+            fitted: gives the metrics `loss`, `examples`, `tokens`, `steps`, `lr`.
+            groups: further groups of the message.
+        """
+        loss = sum(fitted.losses) / max(1, len(fitted.losses))
+        metrics = {
+            "loss": loss,
+            "loss_first": fitted.losses[0] if fitted.losses else float("nan"),
+            "examples": fitted.examples,
+            "tokens": fitted.tokens,
+            "steps": fitted.steps,
+            "lr": fitted.lr,
+        }
+        message = Message({"params": Bundle(delta), **groups})
+        return ClientUpdate(self.name, self.weight, message, metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What a server's half of an algorithm sees.
+
+    Attributes:
+        clients: number of clients that may take part, sampled or not.
+        aggregator: how updates are combined.  optimizer: how a combined update is applied.
+        lr: the server's learning rate.
+    """
+
+    clients: int
+    aggregator: Aggregator
+    optimizer: ServerOptimizer
+    lr: float
+
+
+class Algorithm(Part, family=True):
+    """A federated method; every default is FedAvg's."""
+
+    regime: ClassVar[str] = "federated"
+    """Under which name its results are reported."""
+    personal: ClassVar[bool] = False
+    """Whether clients end with adapters of their own, kept in their memories."""
+
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in the mean: its true number of training rows, or 1."""
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        """Yield why this algorithm cannot run with other parts of the recipe, one sentence each."""
+        return ()
+
+    def population(self, clients: Mapping[str, Rows], join: Callable[[Iterable[Rows]], Rows]) -> Mapping[str, Rows]:
+        """Return who trains on what; the default is every client on its own rows.
+
+        Args:
+            clients: client -> its rows.
+            join: makes one set of rows of several.
+        """
+        return clients
+
+    def weight(self, examples: int) -> float:
+        """Return the weight of a client with `examples` training rows."""
+        return float(examples) if self.weighting == "examples" else 1.0
+
+    def init(self, params: Tensors) -> ServerState:
+        """Return the state before round 0; `params` is the initial adapter."""
+        return ServerState(0, params)
+
+    def broadcast(self, state: ServerState, client: str) -> Message:
+        """Return what the server sends to one client of the cohort."""
+        return Message({"params": Bundle(state.params)})
+
+    def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
+        """Run one client's round: local steps from the broadcast weights, their change as the update."""
+        start = message.groups["params"].tensors
+        fitted = yield from client.fit(start)
+        return client.update(tensors.sub(fitted.params, start), fitted), client.memory
+
+    def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
+        """Combine the cohort's updates, taken one at a time in client order: the only place where they meet."""
+        return done(server.aggregator.combine(updates))
+
+    def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
+        """Apply the combined update to the state with the server optimiser; the round is then finished."""
+        delta = combined.groups["params"].tensors
+        kept = state.slots.get("server_optimizer", Bundle())
+        params, kept = server.optimizer.step(state.params, delta, kept, server.lr)
+        slots = {**state.slots, "server_optimizer": kept} if kept != Bundle() else state.slots
+        return done(ServerState(state.round + 1, params, slots))
+
+    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
+        """Return the loss sums of what this client would use, on its own rows of `split`; only sums leave the client."""
+        return (yield from client.score(message.groups["params"].tensors, split))
+
+    def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
+        """Return the adapters that result, by slot name.
+
+        Args:
+            state: the final state.
+            memory: None asks for the global adapter (empty where there is none); a client's memory for its own.
+        """
+        return {"shared": state.params}

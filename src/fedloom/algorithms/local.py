@@ -1,0 +1,51 @@
+"""Local training: every client alone, the lower baseline of any federation.
+
+Nothing crosses the wire in either direction: a client starts from the common initial adapter and goes on from its own
+memory. A client trains in the rounds in which the sampler picks it, so local clients together take the very steps, on
+the very rows, that the federated clients take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+from fedloom import tensors
+from fedloom.algorithms.base import Algorithm, Client, Server
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors, done
+
+
+class Local(Algorithm, name="local"):
+    """Every client trains alone and keeps its adapter."""
+
+    regime: ClassVar[str] = "local"
+    personal: ClassVar[bool] = True
+
+    def broadcast(self, state: ServerState, client: str) -> Message:
+        return Message()
+
+    def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
+        start = self._own(client.memory, client.initial)
+        fitted = yield from client.fit(start)
+        # applied as a server would apply it, so that a federation of one client equals this bit for bit
+        adapter = tensors.add(start, tensors.sub(fitted.params, start))
+        metrics = client.update({}, fitted).metrics
+        return ClientUpdate(client.name, client.weight, Message(), metrics), {"adapter": Bundle(adapter)}
+
+    def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
+        for _ in updates:
+            pass  # the metrics of each are recorded as it passes
+        return done(Message())
+
+    def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
+        return done(ServerState(state.round + 1, state.params, state.slots))
+
+    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
+        return (yield from client.score(self._own(client.memory, client.initial), split))
+
+    def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
+        return {} if memory is None else {"local": self._own(memory, state.params)}
+
+    @staticmethod
+    def _own(memory: Memory, initial: Tensors) -> Tensors:
+        return memory["adapter"].tensors if memory else initial

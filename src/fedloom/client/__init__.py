@@ -1,0 +1,1 @@
+"""The client's half: models, adapters, objectives and the local training loop."""

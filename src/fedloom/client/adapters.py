@@ -1,0 +1,242 @@
+"""Adapters: the small trainable part beside a frozen base model.
+
+peft supplies the configuration, the matching of target modules and the file format; the forward pass is our own
+linear layer with a leading client axis, so that K clients may train on one resident base in one pass (K = 1 trains
+one client).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import peft
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedloom import seeds
+from fedloom.client.lora import LoraLinear
+from fedloom.parts import Part
+from fedloom.types import ModelError, Tensors, suggest
+
+
+class Attached:
+    """The LoRA layers that were put into one resident model, and the way to set their weights.
+
+    Attributes:
+        layers: live module name -> its layer, in the model's order.
+        config: the peft configuration that describes them.
+    """
+
+    def __init__(self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig) -> None:
+        self.layers, self.config = dict(layers), config
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return trainable name -> shape: `<module>.lora_A` (r, d_in) and `<module>.lora_B` (d_out, r)."""
+        names = {}
+        for module, layer in self.layers.items():
+            names[f"{module}.lora_A"] = (layer.r, layer.d_in)
+            names[f"{module}.lora_B"] = (layer.d_out, layer.r)
+        return names
+
+    def init(self, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return peft's starting point drawn from our own stream: A Kaiming-uniform (a = sqrt 5), B zero."""
+        stream, start = seeds.generator(seed, None, None, "adapter"), {}
+        for name, shape in self.shapes().items():
+            start[name] = torch.zeros(shape, dtype=dtype)
+            if name.endswith("lora_A"):
+                # drawn in float32 whatever the dtype, so that a fp64 run starts where the fp32 run does
+                a = torch.empty(shape)
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=stream)
+                start[name].copy_(a)
+        return start
+
+    def load(self, clients: Sequence[Tensors]) -> dict[str, nn.Parameter]:
+        """Put the weights of K clients into the layers, stacked, and return them as fresh parameters.
+
+        Args:
+            clients: one name -> tensor map a client, names and shapes as in `shapes()`.
+
+        Returns:
+            name -> parameter of shape (K, *shape), on the layer's device, in at least float32.
+
+        Raises:
+            ModelError: names or shapes do not fit this adapter.
+        """
+        shapes = self.shapes()
+        for tensors in clients:
+            check_fit(tensors, shapes)
+        params = {}
+        for module, layer in self.layers.items():
+            a, b = f"{module}.lora_A", f"{module}.lora_B"
+            layer.load(torch.stack([c[a] for c in clients]), torch.stack([c[b] for c in clients]))
+            params[a], params[b] = layer.lora_A, layer.lora_B
+        return params
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the context the model computes as the untouched base."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    @contextmanager
+    def dropout(self, streams: Sequence[torch.Generator]) -> Iterator[None]:
+        """Within the context the layers drop inputs, client k's rows by `streams[k]`; outside they never do."""
+        for layer in self.layers.values():
+            layer.streams = tuple(streams)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.streams = ()
+
+    def merged(self, model: PreTrainedModel, params: Tensors) -> dict[str, Tensor]:
+        """Return the state dict of the plain model with the adapter added to its weights, in the base's dtype.
+
+        Args:
+            model: the resident model that the layers are in.
+            params: the adapter, names as in `shapes()`.
+        """
+        check_fit(params, self.shapes())
+        state = {}
+        for name, value in model.state_dict().items():
+            if name.endswith((".lora_A", ".lora_B")):
+                continue
+            state[name.replace(".base.", ".")] = value
+        for module, layer in self.layers.items():
+            delta = layer.delta(params[f"{module}.lora_A"], params[f"{module}.lora_B"])
+            weight = state[f"{module}.weight"]
+            state[f"{module}.weight"] = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        return state
+
+
+def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelError unless `tensors` has exactly the names and shapes of `shapes`."""
+    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    wrong = [n for n in shapes if n in tensors and tuple(tensors[n].shape) != tuple(shapes[n])]
+    if not (missing or extra or wrong):
+        return
+    lines = [f"missing {len(missing)}, such as {missing[0]}"] if missing else []
+    lines += [f"unexpected {len(extra)}, such as {extra[0]}"] if extra else []
+    lines += [f"{n} has shape {tuple(tensors[n].shape)}, expected {tuple(shapes[n])}" for n in wrong[:3]]
+    raise ModelError("the adapter's tensors do not fit the model: " + "; ".join(lines))
+
+
+class Adapter(Part, family=True):
+    """What is trained and exchanged beside the frozen base."""
+
+    def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
+        """Put the adapter's layers into `model`, in place, once; `reference` selects the plain, slower arithmetic."""
+        raise NotImplementedError
+
+
+class Lora(Adapter, name="lora"):
+    """Low-rank adaptation (arXiv 2106.09685): W + s B A with s = alpha / r, or alpha / sqrt r (arXiv 2312.03732)."""
+
+    r: PositiveInt = 8
+    """Rank of the update of each target matrix."""
+    alpha: PositiveFloat = 16.0
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which an input element of the low-rank path is dropped while training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the output head) or name endings such as [q_proj, v_proj]."""
+    rslora: bool = False
+    """Rank-stabilised scale alpha / sqrt r."""
+
+    def config(self) -> peft.LoraConfig:
+        """Return peft's configuration of the same adapter."""
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            use_rslora=self.rslora,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+    def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
+        scale = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        config, names = self.config(), self.target_modules(model)
+        layers = {}
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            layers[name] = LoraLinear(getattr(owner, child), self.r, scale, self.dropout, reference)
+            setattr(owner, child, layers[name])
+        config.base_model_name_or_path = model.name_or_path
+        return Attached(layers, config)
+
+    def target_modules(self, model: PreTrainedModel) -> list[str]:
+        """Return the names of the modules that peft would adapt, in the model's order.
+
+        Raises:
+            ModelError: a target matches no module, or a module of a kind that has no LoRA layer here.
+        """
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        if not isinstance(self.targets, str):
+            ends = {n.rpartition(".")[2] for n, _ in model.named_modules()} | {n for n, _ in model.named_modules()}
+            lost = [t for t in self.targets if t not in ends and not any(n.endswith("." + t) for n in ends)]
+            if lost or not self.targets:
+                hint = suggest(lost[0], linear) if lost else ""
+                raise ModelError(
+                    f"adapter.targets: no module of {model.name_or_path} is named {', '.join(map(repr, lost)) or '(empty)'}"
+                    f"{hint}; linear modules: {', '.join(linear)}; or all-linear"
+                )
+        # peft decides on a copy without storage, so the resident model stays untouched
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ghost = peft.get_peft_model(type(model)(model.config), self.config())
+        prefix = "base_model.model."
+        names = [n.removeprefix(prefix) for n, m in ghost.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        for name in names:
+            LoraLinear.check(name, model.get_submodule(name))
+        return names
+
+
+def save_peft(folder: Path, params: Tensors, config: peft.LoraConfig, base: str) -> None:
+    """Write `params` as a PEFT adapter folder that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        folder: created if absent; files of the same names are replaced.
+        params: live name -> tensor, as `Attached.shapes` names them.
+        config: the adapter's configuration.
+        base: name of the base model, written into the adapter's configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {f"base_model.model.{name}.weight": t.detach().cpu().contiguous() for name, t in sorted(params.items())}
+    save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+
+
+def load_peft(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a PEFT LoRA folder under their live names.
+
+    Raises:
+        ModelError: the folder holds no safetensors LoRA adapter.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = " (adapter_model.bin is a pickle, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
+        raise ModelError(f"{folder} holds no adapter_model.safetensors{pickled}; a run folder's adapter/ is one")
+    try:
+        saved: dict[str, Any] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    return {name.removeprefix("base_model.model.").removesuffix(".weight"): t for name, t in saved.items()}

@@ -1,0 +1,82 @@
+"""The contract of an evaluator: from a view of one regime to metrics and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from pydantic import NonNegativeInt
+
+from fedloom.data.rows import Turn
+from fedloom.parts import Part
+from fedloom.types import Bundle, Split, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One generated answer and its score."""
+
+    id: str
+    prompt: str
+    output: str
+    extracted: str | None
+    reference: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one evaluator found in one regime.
+
+    Attributes:
+        metrics: name -> value over all items, as reported.
+        clients: client -> the same metrics for that client; empty where there is one model and one test set.
+        samples: (client or None, sample) pairs.
+        invalid: number of items or clients whose loss was not finite; they are in no metric.
+    """
+
+    metrics: Mapping[str, float]
+    clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    samples: Sequence[tuple[str | None, Sample]] = ()
+    invalid: int = 0
+
+
+class View(Protocol):
+    """What an evaluator may look at: one regime's adapters, and the rows of its clients as sums only."""
+
+    seed: int
+    split: Split
+    """`validation` in the course of a run, `test` at its end."""
+    adapters: Mapping[str | None, Tensors | None]
+    """Client -> its adapter, or None -> the one of all; the adapter None is the untouched base."""
+
+    def losses(self) -> Mapping[str, Bundle]:
+        """Return client -> loss sums (nll, tokens, bytes, examples) on its own rows of `split`."""
+        ...
+
+    def prompts(self, conversations: Sequence[Sequence[Turn]]) -> list[str]:
+        """Render conversations with the training template and system prompt, up to where the assistant answers."""
+        ...
+
+    def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Return greedy answers, in the order of `prompts`."""
+        ...
+
+
+class Evaluator(Part, family=True):
+    """Measures a regime."""
+
+    primary: ClassVar[str] = "loss"
+    """The metric by which early stop and the best checkpoint judge."""
+    higher_is_better: ClassVar[bool] = False
+    """The direction of every metric of this evaluator."""
+    own_rows: ClassVar[bool] = False
+    """Whether it measures clients on their own rows, so that clients kept out of training can be measured apart."""
+
+    every: NonNegativeInt = 0
+    """Rounds between evaluations on validation data in the course of the run; 0: only at the end, on test data."""
+
+    def evaluate(self, view: View) -> Evaluation:
+        """Measure one regime."""
+        raise NotImplementedError

@@ -1,0 +1,79 @@
+"""What evaluators look at: one regime of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedloom.data.federation import Federation
+from fedloom.data.rows import Turn
+from fedloom.data.templates import with_system
+from fedloom.evaluate.base import Evaluator
+from fedloom.evaluate.stats import worst_share
+from fedloom.recipe import Recipe
+from fedloom.runtime.engine import Engine
+from fedloom.types import Bundle, ServerState, Split, Tensors
+
+
+@dataclass(frozen=True)
+class RegimeView:
+    """`evaluate.base.View` of a state: the base, the clients that trained, or those kept out of training."""
+
+    engine: Engine
+    federation: Federation
+    recipe: Recipe
+    state: ServerState
+    regime: str
+    split: Split
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed."""
+        return self.recipe.seed
+
+    @cached_property
+    def adapters(self) -> Mapping[str | None, Tensors | None]:
+        """Client -> its adapter, or None -> the one of all."""
+        algorithm = self.recipe.algorithm
+        if self.regime == "base":
+            return {None: None}
+        if not algorithm.personal:
+            return {None: next(iter(algorithm.export(self.state).values()))}
+        memories = ((name, self.engine.stage.memories.load(name)) for name in self._trained())
+        return {name: next(iter(algorithm.export(self.state, memory).values())) for name, memory in memories}
+
+    def losses(self) -> Mapping[str, Bundle]:
+        """Return client -> loss sums on its own rows; clients without rows in the split are left out."""
+        who = self.federation.unseen if self.regime == "unseen" else self._trained()
+        who = [name for name in who if len(self.engine.rows(name, self.split))]
+        if self.regime == "base":
+            round_ = self.state.round
+            return {n: self.engine.drive(self.engine.client(n, round_).score(None, self.split), n, round_) for n in who}
+        return {name: self.engine.evaluate(self.state, name, self.split) for name in who}
+
+    def prompts(self, conversations: Sequence[Sequence[Turn]]) -> list[str]:
+        """Render conversations up to where the assistant answers, as in training."""
+        template, tokenizer = self.recipe.data.template, self.engine.stage.tokenizer
+        return [template.prompt(with_system(turns, self.recipe.data.system), tokenizer) for turns in conversations]
+
+    def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Return greedy answers."""
+        return self.engine.generate(params, prompts, max_new_tokens)
+
+    def _trained(self) -> list[str]:
+        return [name for name in self.federation.clients if name not in self.federation.unseen]
+
+
+def spread(evaluator: Evaluator, clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return each metric's mean over the worst tenth of the clients (`_worst10`) and its variance (`_variance`)."""
+    if not clients:
+        return {}
+    found = {}
+    for name in next(iter(clients.values())):
+        values = np.array([metrics[name] for metrics in clients.values()])
+        found[f"{name}_worst10"] = worst_share(values, higher_is_better=evaluator.higher_is_better)
+        found[f"{name}_variance"] = float(values.var())
+    return found

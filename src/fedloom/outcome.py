@@ -1,0 +1,191 @@
+"""What a run leaves behind: its books, its samples, its adapters and its summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedloom.checkpoint import MemoryStore
+from fedloom.client.adapters import save_peft
+from fedloom.client.bundled import BUNDLED
+from fedloom.evaluate.base import Sample
+from fedloom.tracking import RoundReport, keep_lines
+from fedloom.types import ServerState
+from fedloom.wire.codec import write_atomic
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
+    from fedloom.world import Assets, World
+
+LIBRARIES = ("fedloom", "torch", "transformers", "peft", "datasets", "safetensors")
+
+
+@dataclass(slots=True)
+class Totals:
+    """The books of one regime, saved with every checkpoint.
+
+    Attributes:
+        best: the judging evaluator's best value so far, turned so that higher is better; best_round: its round.
+        stale: evaluations since then.
+        results: regime -> evaluator -> metric -> value, on test data.
+    """
+
+    participations: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    tokens: int = 0
+    examples: int = 0
+    rejected: int = 0
+    fit_seconds: float = 0.0
+    round_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    loss_first: float = math.nan
+    loss_last: float = math.nan
+    best: float = -math.inf
+    best_round: int = 0
+    stale: int = 0
+    adapter_sha256: str = ""
+    results: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    def add(self, report: RoundReport) -> None:
+        """Book one round."""
+        self.participations += len(report.clients) - len(report.rejected)
+        self.rejected += len(report.rejected)
+        self.bytes_down += report.bytes_down
+        self.bytes_up += report.bytes_up
+        self.tokens += report.tokens
+        self.examples += report.examples
+        self.fit_seconds += report.fit_seconds
+        self.round_seconds += report.seconds
+        self.loss_first = report.loss if report.round == 1 else self.loss_first
+        self.loss_last = report.loss
+
+    def dump(self) -> dict[str, Any]:
+        """Return the books as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any]) -> Totals:
+        """Return the books of `dump`."""
+        return cls(**values)
+
+
+def write_samples(
+    folder: Path, evaluator: str, regime: str, round_: int, samples: Sequence[tuple[str | None, Sample]]
+) -> None:
+    """Write one regime's samples to `samples/<evaluator>.jsonl`, in place of those it had there."""
+    if not samples:
+        return
+    path = folder / "samples" / f"{evaluator}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    keep_lines(path, lambda line: line["regime"] != regime)
+    with path.open("a", encoding="utf-8") as file:
+        for client, one in samples:
+            line = {
+                "regime": regime,
+                "round": round_,
+                "client": client,
+                "id": one.id,
+                "prompt_sha256": hashlib.sha256(one.prompt.encode()).hexdigest(),
+                "prompt": one.prompt,
+                "output": one.output,
+                "extracted": one.extracted,
+                "reference": one.reference,
+                "score": one.score,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def export(  # noqa: PLR0913, PLR0917
+    folder: Path, recipe: Recipe, assets: Assets, memories: MemoryStore, clients: Sequence[str], state: ServerState
+) -> str:
+    """Write the adapters as PEFT folders and return their hash.
+
+    `adapter/` is the global adapter; `adapters/<client>/<slot>/` are personal ones. The hash is the SHA-256 of the
+    global adapter's tensors file, or of all personal ones in client order.
+    """
+    name = assets.loaded.spec.name
+    base = BUNDLED[name].hub_id if name in BUNDLED else name
+    config, digest = assets.attached.config, hashlib.sha256()
+    places: list[tuple[Path, Any]] = [(folder / "adapter", p) for p in recipe.algorithm.export(state).values()]
+    if recipe.algorithm.personal:
+        for client in clients:
+            slots = recipe.algorithm.export(state, memories.load(client))
+            places += [(folder / "adapters" / client / slot, params) for slot, params in slots.items()]
+    for old in ("adapter", "adapters"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    for place, params in places:
+        save_peft(place, params, config, base)
+        digest.update((place / "adapter_model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of summary.json.
+
+    Args:
+        world: the finished regime.  state: its final state.
+        others: regime -> summary of the compared regimes.
+    """
+    totals = world.totals
+    metrics = {**totals.results}
+    for name, summary in others.items():
+        metrics[name] = summary["metrics"][name]
+    return {
+        "rounds": state.round,
+        "clients": len(world.clients),
+        "participations": totals.participations,
+        "rejected": totals.rejected,
+        "train_loss_first": _finite(totals.loss_first),
+        "train_loss_last": _finite(totals.loss_last),
+        "metrics": {r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()},
+        "best_round": totals.best_round or None,
+        "bytes_down": totals.bytes_down,
+        "bytes_up": totals.bytes_up,
+        "trained_tokens": totals.tokens,
+        "tokens_per_second": totals.tokens / totals.fit_seconds if totals.fit_seconds else 0.0,
+        "samples": totals.examples,
+        "wall_seconds": totals.wall_seconds,
+        "setup_seconds": totals.setup_seconds,
+        "round_seconds": totals.round_seconds,
+        "fit_seconds": totals.fit_seconds,
+        "evaluate_seconds": totals.evaluate_seconds,
+        "peak_rss_bytes": peak_rss(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
+        "trainable_parameters": world.parameters(),
+        "base_parameters": world.assets.loaded.parameters,
+        "source": world.assets.federation.source,
+        "rows_left_out": asdict(world.assets.federation.left),
+        "adapter_sha256": totals.adapter_sha256,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json at once or not at all."""
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def peak_rss() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a metric that does not exist is null."""
+    return value if math.isfinite(value) else None

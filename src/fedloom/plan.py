@@ -1,0 +1,102 @@
+"""What a run will do and roughly what it will cost, told before the first round."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from fedloom.client.objectives import collate
+from fedloom.client.trainer import micro_batches, step_rows
+from fedloom.outcome import peak_rss
+from fedloom.tracking import Plan
+from fedloom.wire import codec
+from fedloom.world import World
+
+ROUNDS_LOOKED_AT = 3
+PROBE_TOKENS = 512
+
+
+def make_plan(world: World, start: int) -> Plan:
+    """Return the plan of one regime, with a short timed pass to estimate the time.
+
+    Args:
+        world: the regime.  start: finished rounds.
+    """
+    recipe, split = world.recipe, world.assets.federation
+    tokens, steps = _tokens_a_round(world)
+    cohort = recipe.sampler.cohort(0, world.clients, recipe.seed)
+    state = recipe.algorithm.init(world.assets.initial)
+    message = recipe.algorithm.broadcast(state, cohort[0])
+    down = len(codec.encode(message.groups)) * len(cohort) if message.groups else 0
+    speed = _speed(world)
+    rounds = recipe.rounds - start
+    seconds = rounds * tokens / speed
+    owned = [len(data.train) for data in split.clients.values()]
+    left = f", {split.left.total} left out ({split.left.too_long} too long)" if split.left.total else ""
+    lines = [
+        ("model", f"{recipe.model.name}: {world.assets.loaded.parameters:,} parameters, {recipe.model.dtype} on {recipe.model.device}"),
+        ("trainable", f"{world.parameters():,} parameters ({_share(world):.2%}), {len(world.assets.attached.layers)} layers"),
+        ("rows", f"{len(split.rows):,} from {split.source}{left}"),
+        ("clients", f"{len(world.clients):,} ({len(cohort):,} a round), {min(owned):,} to {max(owned):,} training rows each"),
+        ("algorithm", f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {steps} steps a client a round"),
+        ("tokens", f"about {tokens * rounds:,} to train on ({tokens:,} a round)"),
+        ("messages", f"{human_bytes(down)} down and about as much up a round"),
+        ("expected", f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; memory now {human_bytes(peak_rss())}"),
+    ]
+    return Plan(world.folder.name, recipe.algorithm.regime, world.folder, lines, recipe.rounds, start, len(world.clients), tokens * rounds)
+
+
+def _share(world: World) -> float:
+    return world.parameters() / world.assets.loaded.parameters
+
+
+def _tokens_a_round(world: World) -> tuple[int, int]:
+    """Return the mean trained tokens of the first rounds, and the steps of one client, from the real row streams."""
+    recipe, totals, steps = world.recipe, [], 0
+    for round_ in range(min(ROUNDS_LOOKED_AT, recipe.rounds)):
+        tokens = 0
+        for name in recipe.sampler.cohort(round_, world.clients, recipe.seed):
+            lengths = world.rows(name).lengths()
+            chosen = step_rows(recipe.trainer, lengths, recipe.seed, round_, name)
+            steps = len(chosen)
+            tokens += sum(lengths[row] for step in chosen for row in step)
+        totals.append(tokens)
+    return int(np.mean(totals)), steps
+
+
+def _speed(world: World) -> float:
+    """Time one forward and backward pass of a few rows; return tokens a second. Draws nothing and changes nothing."""
+    bench, rows = world.engine.stage.bench, world.rows(world.clients[0])
+    lengths = rows.lengths()
+    params = bench.attached.load([world.assets.initial])
+    passes = micro_batches(range(len(rows)), lengths, PROBE_TOKENS)
+    one = passes[len(passes) // 2]
+    batch = collate([rows[row] for row in one], bench.model.device)
+    for _ in range(2):  # the first pass pays for first-time allocations
+        began = time.perf_counter()
+        bench.objective.loss(bench.model, batch, bench.reference).backward()
+        seconds = time.perf_counter() - began
+    for p in params.values():
+        p.grad = None
+        p.requires_grad_(False)
+    return batch.tokens / seconds
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes for people, such as 9.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a time for people, such as 45 s, 3 min 20 s or 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,255 @@
+"""Recipe: one tree of parts that says everything about a run; YAML and `key=value` in, one validated record out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+
+from fedloom.algorithms import Algorithm
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.checkpoint import Checkpointing
+from fedloom.client.adapters import Adapter, Lora
+from fedloom.client.models import Model
+from fedloom.client.objectives import Objective, Sft
+from fedloom.client.trainer import Trainer
+from fedloom.data.federation import Data
+from fedloom.evaluate import Evaluator
+from fedloom.evaluate.loss import Loss
+from fedloom.parts import Part, Record
+from fedloom.runtime.base import Runtime
+from fedloom.runtime.local import LocalRuntime
+from fedloom.server.aggregate import Aggregator, Mean
+from fedloom.server.optim import ServerOptimizer, ServerSgd
+from fedloom.server.sampling import Sampler, Uniform
+from fedloom.tracking import Tracker
+from fedloom.types import RecipeError, suggest
+from fedloom.wire.transforms import Transform
+
+SUFFIXES = (".yaml", ".yml")
+RESUMABLE = ("rounds", "evaluate", "early_stop", "checkpoint", "trackers", "compare", "budget")
+"""Keys that a resume may change: none of them touches the training of the rounds that are already done."""
+
+
+class ServerSection(Record):
+    """The recipe's `server:` section."""
+
+    optimizer: ServerOptimizer = ServerSgd()
+    lr: PositiveFloat = 1.0
+    """Server learning rate; with sgd, 1 is plain averaging."""
+    aggregator: Aggregator = Mean()
+
+
+class EarlyStop(Record):
+    """Stop when an evaluator has not improved for a while."""
+
+    evaluator: str
+    """Name of an entry of `evaluate` that runs in the course of the run (`every` > 0)."""
+    patience: PositiveInt = 5
+    """Evaluations without improvement after which the run stops."""
+    delta: NonNegativeFloat = 0.0
+    """Smallest change that counts as an improvement."""
+
+
+class Attack(Part, family=True):
+    """A client that misbehaves on purpose, for research on defences."""
+
+
+class Recipe(Record):
+    """Everything about a run."""
+
+    model: Model = Model(name="smollm2-135m")
+    adapter: Adapter = Lora()
+    objective: Objective = Sft()
+    data: Data = Data()
+    trainer: Trainer = Trainer()
+    algorithm: Algorithm = FedAvg()
+    sampler: Sampler = Uniform()
+    server: ServerSection = ServerSection()
+    transforms: tuple[Transform, ...] = ()
+    """Ordered chain around every update."""
+    attacks: tuple[Attack, ...] = ()
+    runtime: Runtime = LocalRuntime()
+    checkpoint: Checkpointing = Checkpointing()
+    init: Path | None = None
+    """PEFT folder of an adapter to start from."""
+    evaluate: tuple[Evaluator, ...] = (Loss(),)
+    trackers: tuple[Tracker, ...] = ()
+    """Trackers beside the console and metrics.jsonl."""
+    rounds: PositiveInt = 10
+    early_stop: EarlyStop | None = None
+    compare: tuple[Literal["local", "centralized"], ...] = ()
+    """Further regimes to train on the same split."""
+    budget: Literal["equal_tokens", "equal_rounds"] = "equal_tokens"
+    """What the compared regimes share: trained tokens (all local clients together), or rounds and steps."""
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _console_is_always_there(cls, value: Any) -> Any:
+        return [one for one in value if one != "console"] if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        problems = [*self.algorithm.conflicts(self), *self._early_stop_problems()]
+        names = [one.part_name for one in self.evaluate]
+        problems += [f"evaluate: {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _early_stop_problems(self) -> Iterable[str]:
+        if self.early_stop is None:
+            return
+        running = [one.part_name for one in self.evaluate if one.every > 0]
+        if self.early_stop.evaluator not in running:
+            hint = suggest(self.early_stop.evaluator, running)
+            yield (
+                f"early_stop.evaluator: {self.early_stop.evaluator!r} is not evaluated in the course of the run{hint} "
+                f"(with every > 0: {', '.join(running) or 'none'})"
+            )
+
+    def resolved(self) -> Self:
+        """Return the recipe with every `auto` replaced by what it stands for on this machine."""
+        return self.model_copy(update={"model": self.model.resolved(), "runtime": self.runtime.resolved()})
+
+    def dump(self) -> dict[str, Any]:
+        """Return the recipe as plain values; `Recipe.model_validate` reads them back."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML in the order of its keys."""
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def shipped() -> dict[str, str]:
+    """Return the shipped recipes and override files: name -> YAML text."""
+    folder = resources.files("fedloom") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(SUFFIXES)), key=lambda f: f.name)
+    return {f.name.rpartition(".")[0]: f.read_text(encoding="utf-8") for f in files}
+
+
+def load(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    set_files: Sequence[str] = (),
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        recipe: a shipped name, a YAML file, or the mapping itself.
+        overrides: `key=value` texts; the key is a dotted path, the value is YAML.
+        set_files: shipped names or YAML files whose keys are laid over the recipe before `overrides`.
+        settings: a mapping that is laid over last.
+
+    Raises:
+        RecipeError: something is unknown, not allowed or does not fit together; all such problems at once.
+    """
+    tree = dict(recipe) if isinstance(recipe, Mapping) else _read(str(recipe), "recipe")
+    for name in set_files:
+        tree = overlay(tree, _read(name, "override file"))
+    for text in overrides:
+        override(tree, text)
+    tree = overlay(tree, settings)
+    return validate(tree, "recipe" if isinstance(recipe, Mapping) else str(recipe))
+
+
+def validate(tree: Mapping[str, Any], name: str) -> Recipe:
+    """Return the recipe of a tree of plain values.
+
+    Raises:
+        RecipeError: with every problem on a line of its own.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_line(one["loc"], one["msg"], one["input"]) for one in error.errors(include_url=False)]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise RecipeError(f"{name}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _line(loc: Sequence[str | int], message: str, got: Any) -> str:
+    where = ".".join(str(part) for part in loc) or "recipe"
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    simple = isinstance(got, str | int | float | bool) or got is None
+    return f"{where}: {message}" + (f" (got {got!r})" if simple and "there is no" not in message else "")
+
+
+def overlay(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tree` with the keys of `over` laid on top; mappings merge unless they name another part."""
+    merged = dict(tree)
+    for key, value in over.items():
+        old = merged.get(key)
+        old = {"name": old} if isinstance(old, str) and isinstance(value, Mapping) else old
+        same = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = overlay(old, value) if same and isinstance(old, Mapping) else value
+    return merged
+
+
+def override(tree: dict[str, Any], text: str) -> None:
+    """Set one `dotted.path=value` in a tree of plain values, in place.
+
+    A bare part name on the way becomes `{name: ...}`; a number is an index into a list.
+
+    Raises:
+        RecipeError: the text has no `=`, the value is no YAML, or the path leads through a plain value.
+    """
+    path, equals, raw = text.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"{text!r} is not of the form key=value, such as rounds=3 or trainer.lr=1e-3")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r}: the value is not YAML ({error})") from error
+    *parents, last = path.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        child = _child(node, key, ".".join(parents[: depth + 1]))
+        child = {} if child is None else {"name": child} if isinstance(child, str) else child
+        if not isinstance(child, dict | list):
+            raise RecipeError(f"{text!r}: {'.'.join(parents[: depth + 1])} is {child!r} and has no keys of its own")
+        _put(node, key, child)
+        node = child
+    _child(node, last, path)
+    _put(node, last, value)
+
+
+def _child(node: Any, key: str, path: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise RecipeError(f"{path}: the list has {len(node)} entries, numbered from 0; got {key!r}")
+        return node[int(key)]
+    return node.get(key)
+
+
+def _put(node: Any, key: str, value: Any) -> None:
+    node[int(key) if isinstance(node, list) else key] = value
+
+
+def _read(name: str, kind: str) -> dict[str, Any]:
+    known = shipped()
+    path = Path(name)
+    if name in known:
+        text = known[name]
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif path.is_dir() and (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{name} is a run folder; repeat it with {path / 'recipe.yaml'}, or go on with --resume {name}")
+    else:
+        looked = "no such file" if path.suffix in SUFFIXES or len(path.parts) > 1 else "no such name or file"
+        raise RecipeError(f"{kind} {name!r}: {looked}{suggest(name, known)}; shipped: {', '.join(known)}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"{name}: {where}not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{name}: expected a mapping of recipe keys, got {type(tree).__name__}")
+    return tree

@@ -1,0 +1,221 @@
+"""The whole story of a run: build the world once, go round after round, measure and write the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedloom import recipe as recipes
+from fedloom.algorithms.centralized import Centralized
+from fedloom.algorithms.local import Local
+from fedloom.data.federation import split_table
+from fedloom.outcome import summarize, write_summary
+from fedloom.plan import make_plan
+from fedloom.recipe import RESUMABLE, Recipe
+from fedloom.server.sampling import Uniform
+from fedloom.tracking import Finished, Phase, Sink, Sinks
+from fedloom.types import RecipeError, ServerState, Stopped
+from fedloom.wire.codec import write_atomic
+from fedloom.world import Assets, World, prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run: its folder, its resolved recipe, and the content of its summary.json."""
+
+    folder: Path
+    recipe: Recipe
+    summary: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
+        """Regime -> evaluator -> metric -> value, on test data."""
+        return self.summary["metrics"]  # type: ignore[no-any-return]
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT folder of the global adapter (absent for methods that have none)."""
+        return self.folder / "adapter"
+
+
+def run(  # noqa: PLR0913
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *overrides: str,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    sink: Sink | None = None,
+    **settings: Any,
+) -> Result:
+    """Run a recipe to its end.
+
+        fedloom.run("demo", rounds=3)
+        fedloom.run("demo", "trainer.lr=1e-3", algorithm="fedprox", out="runs/prox")
+
+    Args:
+        recipe: a shipped name, a YAML file, a mapping, or a Recipe.
+        overrides: `dotted.path=value` texts, as on the command line.
+        out: the run folder; by default runs/<name>.
+        overwrite: replace a run folder that is already there.
+        sink: receives the run's events.
+        settings: further keys of the recipe and their values.
+
+    Raises:
+        FedloomError: something in the recipe, data or model is wrong, or the run had to stop.
+    """
+    tree: Any = recipe.dump() if isinstance(recipe, Recipe) else recipe
+    name = Path(tree).stem if isinstance(tree, str | Path) else "run"
+    loaded = recipes.load(tree, overrides, settings=settings)
+    folder = Path(out) if out is not None else Path("runs") / name
+    resolved = loaded.resolved()
+    _claim(folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        write_atomic(folder / "recipe.yaml", resolved.to_yaml().encode())
+        return _story(resolved, folder, sink)
+
+
+def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None = None) -> Result:
+    """Go on with an interrupted run, or go on longer with a finished one.
+
+    Args:
+        folder: the run folder.
+        overrides: `key=value` texts for the keys that a resume may change; `rounds=+10` adds to the rounds.
+        sink: receives the run's events.
+
+    Raises:
+        RecipeError: the folder is no run folder, or a key may not be changed.
+    """
+    folder = Path(folder)
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"--resume {folder}: there is no recipe.yaml in it, so it is no run folder")
+    before = recipes.load(path)
+    texts = [_longer(text, before.rounds) for text in overrides]
+    after = recipes.load(path, texts)
+    old, new = before.dump(), after.dump()
+    changed = [key for key in old if old[key] != new[key]]
+    if odd := [key for key in changed if key not in RESUMABLE]:
+        raise RecipeError(
+            f"--resume {folder}: {', '.join(odd)} cannot change in the middle of a run (allowed: {', '.join(RESUMABLE)}); "
+            f"start a new run with init={folder / 'adapter'} instead"
+        )
+    with _locked(folder):
+        done = folder / "summary.json"
+        if done.exists() and not changed:
+            return Result(folder, after, json.loads(done.read_text(encoding="utf-8")))
+        write_atomic(path, after.to_yaml().encode())
+        return _story(after, folder, sink)
+
+
+def _longer(text: str, rounds: int) -> str:
+    key, _, value = text.partition("=")
+    if key == "rounds" and value.startswith("+") and value[1:].isdigit():
+        return f"rounds={rounds + int(value[1:])}"
+    return text
+
+
+def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
+    """Run the recipe's own regime, then those it is compared with, on one resident model."""
+    trackers = [one.open(folder.name, folder, recipe.dump()) for one in recipe.trackers]
+    with Sinks([*([sink] if sink else []), *trackers]) as sinks:
+        assets = prepare(recipe, sinks)
+        table = json.dumps(split_table(assets.federation), indent=1, ensure_ascii=False)
+        write_atomic(folder / "split.json", table.encode())
+        world, state = _regime(recipe, folder, assets, sinks, None)
+        others: dict[str, Mapping[str, Any]] = {}
+        for name in recipe.compare:
+            place = folder / "regimes" / name
+            place.mkdir(parents=True, exist_ok=True)
+            other = REGIMES[name](recipe, world, state)
+            write_atomic(place / "recipe.yaml", other.to_yaml().encode())
+            write_atomic(place / "split.json", table.encode())
+            its_world, its_state = _regime(other, place, assets, sinks, world.totals.results["base"])
+            others[name] = summarize(its_world, its_state, {})
+            write_summary(place, others[name])
+        summary = summarize(world, state, others)
+        write_summary(folder, summary)
+        sinks.on(Finished(summary))
+    return Result(folder, recipe, summary)
+
+
+def _regime(
+    recipe: Recipe, folder: Path, assets: Assets, sink: Sink, base: Mapping[str, Mapping[str, float]] | None
+) -> tuple[World, ServerState]:
+    """Run one regime from its last checkpoint, or from the start, to its end."""
+    world = World(recipe, folder, assets, sink)
+    state = world.resume()
+    sink.on(make_plan(world, state.round if state else 0))
+    if state is None:
+        state = world.start(base)
+    try:
+        while state.round < recipe.rounds and not world.stopped(state):
+            cohort = recipe.sampler.cohort(state.round, world.clients, recipe.seed)
+            state, report = world.engine.round(state, cohort)
+            world.after(state, report)
+    except (KeyboardInterrupt, Stopped):
+        sink.on(Phase("saving the state"))
+        world.rescue(state)
+        raise
+    world.finish(state)
+    return world, state
+
+
+def _local(recipe: Recipe, world: World, state: ServerState) -> Recipe:
+    """Every client alone, sampled as in the federation: the same steps on the same rows."""
+    return _beside(recipe, state, algorithm=Local(weighting=recipe.algorithm.weighting))
+
+
+def _centralized(recipe: Recipe, world: World, state: ServerState) -> Recipe:
+    """All rows in one place, trained on as many tokens as the federation was, or for as many rounds and steps."""
+    changes: dict[str, Any] = {"algorithm": Centralized(), "sampler": Uniform()}
+    if recipe.budget == "equal_tokens":
+        tokens = max(1, math.ceil(world.totals.tokens / state.round))
+        length = {"steps": None, "epochs": None, "tokens": tokens}
+        changes["trainer"] = recipe.trainer.model_copy(update=length)
+    return _beside(recipe, state, **changes)
+
+
+def _beside(recipe: Recipe, state: ServerState, **changes: Any) -> Recipe:
+    """Return the recipe of a compared regime: the same in all but `changes`, for as many rounds as were really run."""
+    alone = {"compare": (), "early_stop": None, "rounds": state.round, "transforms": ()}
+    return recipe.model_copy(update={**alone, **changes})
+
+
+REGIMES: Mapping[str, Callable[[Recipe, World, ServerState], Recipe]] = {"local": _local, "centralized": _centralized}
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make room for a new run folder, or refuse."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise RecipeError(
+            f"the run folder {folder} exists; go on with --resume {folder}, replace it with --overwrite, "
+            "or choose another with --out DIR"
+        )
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"--overwrite: {folder} is not empty and holds no recipe.yaml, so it is no run folder; remove it yourself")
+    with _locked(folder):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; a killed process frees it."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(f"another process is running in {folder}; wait for it, or choose another folder with --out") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,184 @@
+"""The words of the contracts: what is kept, what is sent, what a client asks for, and what can go wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""Live parameter name -> tensor, always with the original layer index."""
+
+Penalty: TypeAlias = Callable[[Tensors], Tensor]
+"""Differentiable map from a client's trainable tensors to a scalar that is added to its loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A named group of values that is kept or sent: tensors, numbers and texts."""
+
+    tensors: Tensors = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """All that crosses the wire, in either direction, as named groups."""
+
+    groups: Mapping[str, Bundle] = field(default_factory=dict)
+
+
+Memory: TypeAlias = Mapping[str, Bundle]
+"""Private to one client; outlives a round; never sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All that a server keeps between rounds: together with the memories it *is* the checkpoint.
+
+    Attributes:
+        round: number of finished rounds.
+        params: the global trainable tensors (empty for a method without a global adapter).
+        slots: further named groups, such as control variates or the state of a server optimiser.
+    """
+
+    round: int
+    params: Tensors
+    slots: Mapping[str, Bundle] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """What one client returns from one round: its message, its weight in the mean, and its metrics."""
+
+    client: str
+    weight: float
+    message: Message
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A constant direction that is added to every local step.
+
+    Attributes:
+        tensors: by trainable name; names that are absent are not corrected.
+        where: `gradient`: added to the gradient before clipping and the optimiser;
+            `weights`: after each optimiser step, `learning rate x direction` is subtracted from the weights.
+    """
+
+    tensors: Tensors
+    where: Literal["gradient", "weights"] = "gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Ask the runtime to train the client's adapter on the client's own rows.
+
+    Attributes:
+        start: values of all trainable tensors before the first step.
+        trainable: which names move; None means all. The others stay bit for bit what `start` says.
+        penalty: added to the loss of every optimiser step.
+        correct: see `Correction`.
+    """
+
+    start: Tensors
+    trainable: Callable[[str], bool] | None = None
+    penalty: Penalty | None = None
+    correct: Correction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The answer to `Fit`.
+
+    Attributes:
+        params: the trained tensors, same names and shapes as `Fit.start`.
+        steps: optimiser steps taken.  lr: their learning rate (constant within a round).
+        examples: rows trained on.  tokens: input tokens trained on, padding aside.
+        losses: token-weighted mean loss of each step, in nats per trained token.
+    """
+
+    params: Tensors
+    steps: int
+    lr: float
+    examples: int
+    tokens: int
+    losses: tuple[float, ...]
+
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Ask the runtime for the loss sums of `params` (None: of the base alone) on the client's rows of one split."""
+
+    params: Tensors | None
+    split: Split = "validation"
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Ask the runtime for greedy answers of `params` to rendered prompts (the adapter is off where `params` is None)."""
+
+    params: Tensors | None
+    prompts: tuple[str, ...]
+    max_new_tokens: int = 64
+
+
+Effect: TypeAlias = Fit | Score | Generate
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Effect, Any, T]
+"""A pure coroutine: it yields effects, is sent their answers, and returns a T."""
+
+
+def done(value: T) -> Steps[T]:
+    """Wrap a value that needs no effect as `Steps`, so that overriding methods may yield some."""
+    return value
+    yield
+
+
+class FedloomError(Exception):
+    """Base of every error that is meant for a person; the command prints it without a traceback.
+
+    The message names the knob or file, the value got, what is allowed, and the next step.
+    """
+
+    exit_status = 2
+
+
+class RecipeError(FedloomError):
+    """A recipe, a part or an option is wrong."""
+
+
+class DataError(FedloomError):
+    """Rows, their files, templates or partitions are wrong."""
+
+
+class ModelError(FedloomError):
+    """A model or an adapter cannot be found, read or fitted together."""
+
+
+class WireError(FedloomError):
+    """An encoded message is damaged or is not what was promised."""
+
+
+class SiteError(FedloomError):
+    """A site failed or does not answer."""
+
+
+class Stopped(FedloomError):
+    """The run cannot go on but its last checkpoint is valid (NaN, full disk, lost quorum)."""
+
+    exit_status = 3
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a `; did you mean 'x'?` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

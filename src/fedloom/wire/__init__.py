@@ -1,0 +1,1 @@
+"""What crosses the wire: its encoding, and the transforms around an update."""

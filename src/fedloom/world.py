@@ -1,0 +1,272 @@
+"""World: everything that a run needs, built once from its recipe, and what happens between rounds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom import tensors
+from fedloom.algorithms.base import Server
+from fedloom.checkpoint import Checkpoints, MemoryStore
+from fedloom.client.adapters import Attached, check_fit, load_peft
+from fedloom.client.models import Loaded, load_model
+from fedloom.client.trainer import Bench, Rows
+from fedloom.data import federation
+from fedloom.data.federation import Federation
+from fedloom.data.splits import ClientData
+from fedloom.evaluate import Evaluator
+from fedloom.evaluate.base import Evaluation
+from fedloom.evaluate.view import RegimeView, spread
+from fedloom.home import home
+from fedloom.outcome import Totals, export, write_samples
+from fedloom.recipe import Recipe
+from fedloom.runtime.engine import NOBODY, Engine, Stage
+from fedloom.tracking import Evaluated, MetricsFile, Phase, RoundReport, Sink, Step, Warned
+from fedloom.types import RecipeError, ServerState, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """What all regimes of a run share: the resident model with its adapter layers, and the split.
+
+    Attributes:
+        initial: the adapter that everybody starts from.  seconds: it took to build all this.
+    """
+
+    loaded: Loaded
+    attached: Attached
+    federation: Federation
+    initial: Mapping[str, Tensor]
+    seconds: float
+
+
+def prepare(recipe: Recipe, sink: Sink) -> Assets:
+    """Load the model, read and encode the rows, and attach the adapter.
+
+    Args:
+        recipe: a resolved recipe.
+        sink: is told what takes time.
+
+    Raises:
+        DataError, ModelError, RecipeError: something cannot be found, read or fitted together.
+    """
+    began = time.perf_counter()
+    torch.set_num_threads(recipe.runtime.threads)
+    sink.on(Phase("loading the model"))
+    loaded = load_model(recipe.model, lambda text: sink.on(Phase(text)))
+    sink.on(Phase("reading and encoding the rows"))
+    progress = lambda done: sink.on(Phase("encoding rows", done))  # noqa: E731
+    split = federation.build(recipe.data, loaded.tokenizer, recipe.seed, home() / "encoded", progress)
+    attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
+    initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
+    if recipe.init is not None:
+        initial = load_peft(recipe.init)
+        check_fit(initial, attached.shapes())
+        initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
+    sink.on(Phase(""))
+    return Assets(loaded, attached, split, initial, time.perf_counter() - began)
+
+
+def _adapter_dtype(loaded: Loaded) -> torch.dtype:
+    return torch.promote_types(loaded.model.dtype, torch.float32)
+
+
+class World:
+    """One regime of one run: its folder, engine, evaluators and books.
+
+    Attributes:
+        clients: who may be sampled, in client order.  totals: the books, part of every checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, assets: Assets, sink: Sink) -> None:
+        self.recipe, self.folder, self.assets, self.sink = recipe, folder, assets, sink
+        self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self.memories = MemoryStore(folder / "memories")
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
+        self.totals = Totals(setup_seconds=assets.seconds, wall_seconds=assets.seconds)
+        split, algorithm = assets.federation, recipe.algorithm
+        seen = {name: data for name, data in split.clients.items() if name not in split.unseen}
+        population = dict(algorithm.population(seen, _join))
+        self.clients = list(population)
+        server = Server(len(population), recipe.server.aggregator, recipe.server.optimizer, recipe.server.lr)
+        bench = Bench(
+            assets.loaded.model,
+            assets.attached,
+            recipe.objective,
+            recipe.trainer,
+            recipe.seed,
+            recipe.rounds,
+            recipe.runtime.reference,
+            lambda client, tokens, loss: sink.on(Step(client, tokens, loss)),
+        )
+        self.engine = Engine(
+            Stage(
+                algorithm,
+                server,
+                recipe.transforms,
+                bench,
+                assets.loaded.tokenizer,
+                split.encoded,
+                {**split.clients, **population},
+                split.public,
+                assets.initial,
+                self.memories,
+                recipe.rounds,
+                sink,
+            )
+        )
+        self._clock = time.perf_counter()
+
+    def start(self, base: Mapping[str, Mapping[str, float]] | None = None) -> ServerState:
+        """Return the state before round 0, saved as checkpoint 0, after the untouched base has been measured.
+
+        Args:
+            base: what another regime of the run already measured on the base.
+        """
+        state = self.recipe.algorithm.init(self.assets.initial)
+        self.totals.results["base"] = self._measure(state, "base", "test") if base is None else dict(base)
+        self._save(state)
+        return state
+
+    def resume(self) -> ServerState | None:
+        """Return the state of the last checkpoint, with the books and files as they were then; None: there is none."""
+        last = self.checkpoints.find("latest")
+        if last is None:
+            return None
+        state, record = self.checkpoints.load(last)
+        if record["split"] != self.assets.federation.split_hash:
+            raise RecipeError(
+                f"{self.folder}: the rows or their split are not those of the run (hash {self.assets.federation.split_hash[:12]}, "
+                f"was {record['split'][:12]}); put the same data in place, or start a new run"
+            )
+        self.totals = Totals.load(record["totals"])
+        self.totals.setup_seconds += self.assets.seconds
+        self.totals.wall_seconds += self.assets.seconds
+        self.memories.restore(last)
+        self.metrics.restore(last)
+        return state
+
+    def after(self, state: ServerState, report: RoundReport) -> None:
+        """Book a finished round; evaluate and save where due. Cannot touch the state."""
+        self.totals.add(report)
+        for client, metrics in report.clients.items():
+            self.metrics.add(state.round, client, {**metrics, "rejected": float(client in report.rejected)})
+        self.metrics.add(state.round, None, _of_round(report))
+        self.sink.on(report)
+        if report.rejected:
+            self.sink.on(Warned(f"round {state.round}: rejected, not finite: {', '.join(report.rejected)}"))
+        due = [one for one in self.recipe.evaluate if one.every and state.round % one.every == 0]
+        improved = False
+        for evaluator in due:
+            evaluation = self._evaluate(state, evaluator, self.recipe.algorithm.regime, "validation")
+            improved |= self._judge(state, evaluator, evaluation)
+        if improved or state.round % self.recipe.checkpoint.every == 0 or state.round == self.recipe.rounds:
+            self._save(state)
+        if improved:
+            self.checkpoints.mark_best(state.round)
+
+    def stopped(self, state: ServerState) -> bool:
+        """Return whether early stop has run out of patience."""
+        return self.recipe.early_stop is not None and self.totals.stale >= self.recipe.early_stop.patience
+
+    def rescue(self, state: ServerState) -> None:
+        """Save the state of the last finished round if that was not done, since the run is about to end early."""
+        if self.checkpoints.find("latest") != state.round:
+            self._save(state)
+
+    def finish(self, state: ServerState) -> None:
+        """Measure the result on test data and write the adapters."""
+        self.rescue(state)
+        regime = self.recipe.algorithm.regime
+        self.totals.results[regime] = self._measure(state, regime, "test")
+        if self.assets.federation.unseen:
+            self.totals.results["unseen"] = self._measure(state, "unseen", "test")
+        self.totals.adapter_sha256 = export(self.folder, self.recipe, self.assets, self.memories, self.clients, state)
+        self.metrics.flush()
+        self._tick()
+
+    def _measure(self, state: ServerState, regime: str, split: Split) -> dict[str, Mapping[str, float]]:
+        evaluators = [one for one in self.recipe.evaluate if regime != "unseen" or one.own_rows]
+        return {one.part_name: self._evaluate(state, one, regime, split).metrics for one in evaluators}
+
+    def _evaluate(self, state: ServerState, evaluator: Evaluator, regime: str, split: Split) -> Evaluation:
+        """Run one evaluator, log its metrics with their spread over clients, and keep its samples at the end."""
+        began, name = time.perf_counter(), evaluator.part_name
+        self.sink.on(Phase(f"evaluating {regime}: {name}"))
+        view = RegimeView(self.engine, self.assets.federation, self.recipe, state, regime, split)
+        found = evaluator.evaluate(view)
+        found = Evaluation({**found.metrics, **spread(evaluator, found.clients)}, found.clients, found.samples, found.invalid)
+        if found.invalid:
+            self.sink.on(Warned(f"{regime}: {name}: {found.invalid} clients have a loss that is not finite"))
+        label = lambda metrics: {f"{split}/{regime}/{name}/{key}": value for key, value in metrics.items()}  # noqa: E731
+        self.metrics.add(state.round, None, label(found.metrics))
+        for client, metrics in found.clients.items():
+            self.metrics.add(state.round, client, label(metrics))
+        if split == "test":
+            write_samples(self.folder, name, regime, state.round, found.samples)
+        self.sink.on(Phase(""))
+        self.sink.on(Evaluated(regime, state.round, name, found.metrics, split == "test"))
+        self.totals.evaluate_seconds += time.perf_counter() - began
+        return found
+
+    def _judge(self, state: ServerState, evaluator: Evaluator, found: Evaluation) -> bool:
+        """Return whether the judging evaluator found the best state so far; a value that is not finite never is."""
+        stop = self.recipe.early_stop
+        judge = stop.evaluator if stop else next(one.part_name for one in self.recipe.evaluate if one.every)
+        if evaluator.part_name != judge:
+            return False
+        value = found.metrics[evaluator.primary]
+        value = value if evaluator.higher_is_better else -value
+        better = math.isfinite(value) and not found.invalid and value > self.totals.best + (stop.delta if stop else 0.0)
+        if better:
+            self.totals.best, self.totals.best_round, self.totals.stale = value, state.round, 0
+        else:
+            self.totals.stale += 1
+        return better
+
+    def _save(self, state: ServerState) -> None:
+        self._tick()
+        self.metrics.flush()
+        changed = self.memories.commit(state.round)
+        record = {"split": self.assets.federation.split_hash, "totals": self.totals.dump()}
+        self.checkpoints.save(state, record)
+        self.memories.prune(self.checkpoints.rounds(), changed)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.totals.wall_seconds += now - self._clock
+        self._clock = now
+
+    def parameters(self) -> int:
+        """Return the number of trainable parameters."""
+        return tensors.numel(self.assets.initial)
+
+    def rows(self, client: str) -> Rows:
+        """Return a participant's training rows."""
+        return self.engine.rows(client, "train")
+
+
+def _join(parts: Iterable[ClientData]) -> ClientData:
+    every = list(parts)
+    return ClientData(*(np.concatenate([NOBODY, *column]) for column in zip(*((d.train, d.validation, d.test) for d in every), strict=True)))
+
+
+def _of_round(report: RoundReport) -> dict[str, float]:
+    return {
+        "train_loss": report.loss,
+        "tokens": report.tokens,
+        "examples": report.examples,
+        "bytes_down": report.bytes_down,
+        "bytes_up": report.bytes_up,
+        "seconds": report.seconds,
+        "fit_seconds": report.fit_seconds,
+        "tokens_per_second": report.tokens / report.fit_seconds if report.fit_seconds else 0.0,
+        "clients": len(report.clients),
+    }
