@@ -19,8 +19,8 @@ import torch
 
 from fedloom.checkpoint import MemoryStore
 from fedloom.client.adapters import save_peft
-from fedloom.client.bundled import BUNDLED
 from fedloom.evaluate.base import Sample
+from fedloom.home import BUNDLED
 from fedloom.tracking import RoundReport, keep_lines
 from fedloom.types import ServerState
 from fedloom.wire.codec import write_atomic
@@ -110,7 +110,7 @@ def write_samples(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def export(  # noqa: PLR0913, PLR0917
+def export(
     folder: Path, recipe: Recipe, assets: Assets, memories: MemoryStore, clients: Sequence[str], state: ServerState
 ) -> str:
     """Write the adapters as PEFT folders and return their hash.
@@ -152,7 +152,9 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "rejected": totals.rejected,
         "train_loss_first": _finite(totals.loss_first),
         "train_loss_last": _finite(totals.loss_last),
-        "metrics": {r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()},
+        "metrics": {
+            r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()
+        },
         "best_round": totals.best_round or None,
         "bytes_down": totals.bytes_down,
         "bytes_up": totals.bytes_up,

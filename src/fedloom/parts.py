@@ -25,6 +25,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from fedloom.types import suggest
 
+
 class Record(BaseModel):
     """A frozen pydantic record that refuses unknown keys; attribute docstrings are its help texts."""
 

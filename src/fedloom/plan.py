@@ -35,16 +35,37 @@ def make_plan(world: World, start: int) -> Plan:
     owned = [len(data.train) for data in split.clients.values()]
     left = f", {split.left.total} left out ({split.left.too_long} too long)" if split.left.total else ""
     lines = [
-        ("model", f"{recipe.model.name}: {world.assets.loaded.parameters:,} parameters, {recipe.model.dtype} on {recipe.model.device}"),
-        ("trainable", f"{world.parameters():,} parameters ({_share(world):.2%}), {len(world.assets.attached.layers)} layers"),
+        (
+            "model",
+            f"{recipe.model.name}: {world.assets.loaded.parameters:,} parameters, {recipe.model.dtype} on {recipe.model.device}",
+        ),
+        (
+            "trainable",
+            f"{world.parameters():,} parameters ({_share(world):.2%}), {len(world.assets.attached.layers)} layers",
+        ),
         ("rows", f"{len(split.rows):,} from {split.source}{left}"),
-        ("clients", f"{len(world.clients):,} ({len(cohort):,} a round), {min(owned):,} to {max(owned):,} training rows each"),
+        (
+            "clients",
+            f"{len(world.clients):,} ({len(cohort):,} a round), {min(owned):,} to {max(owned):,} training rows each",
+        ),
         ("algorithm", f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {steps} steps a client a round"),
         ("tokens", f"about {tokens * rounds:,} to train on ({tokens:,} a round)"),
         ("messages", f"{human_bytes(down)} down and about as much up a round"),
-        ("expected", f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; memory now {human_bytes(peak_rss())}"),
+        (
+            "expected",
+            f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; memory now {human_bytes(peak_rss())}",
+        ),
     ]
-    return Plan(world.folder.name, recipe.algorithm.regime, world.folder, lines, recipe.rounds, start, len(world.clients), tokens * rounds)
+    return Plan(
+        world.folder.name,
+        recipe.algorithm.regime,
+        world.folder,
+        lines,
+        recipe.rounds,
+        start,
+        len(world.clients),
+        tokens * rounds,
+    )
 
 
 def _share(world: World) -> float:

@@ -9,7 +9,15 @@ from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedloom.algorithms import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
@@ -187,7 +195,11 @@ def overlay(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         old = {"name": old} if isinstance(old, str) and isinstance(value, Mapping) else old
-        same = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name")
+        same = (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("name", old.get("name")) == old.get("name")
+        )
         merged[key] = overlay(old, value) if same and isinstance(old, Mapping) else value
     return merged
 
@@ -240,7 +252,9 @@ def _read(name: str, kind: str) -> dict[str, Any]:
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     elif path.is_dir() and (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{name} is a run folder; repeat it with {path / 'recipe.yaml'}, or go on with --resume {name}")
+        raise RecipeError(
+            f"{name} is a run folder; repeat it with {path / 'recipe.yaml'}, or go on with --resume {name}"
+        )
     else:
         looked = "no such file" if path.suffix in SUFFIXES or len(path.parts) > 1 else "no such name or file"
         raise RecipeError(f"{kind} {name!r}: {looked}{suggest(name, known)}; shipped: {', '.join(known)}")

@@ -46,7 +46,7 @@ class Result:
         return self.folder / "adapter"
 
 
-def run(  # noqa: PLR0913
+def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *overrides: str,
     out: str | Path | None = None,
@@ -202,7 +202,9 @@ def _claim(folder: Path, overwrite: bool) -> None:
             "or choose another with --out DIR"
         )
     if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"--overwrite: {folder} is not empty and holds no recipe.yaml, so it is no run folder; remove it yourself")
+        raise RecipeError(
+            f"--overwrite: {folder} is not empty and holds no recipe.yaml, so it is no run folder; remove it yourself"
+        )
     with _locked(folder):
         shutil.rmtree(folder)
 
@@ -214,7 +216,9 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RecipeError(f"another process is running in {folder}; wait for it, or choose another folder with --out") from None
+        raise RecipeError(
+            f"another process is running in {folder}; wait for it, or choose another folder with --out"
+        ) from None
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ def clone(a: Tensors) -> dict[str, Tensor]:
 def sq_dist(a: Tensors, b: Tensors) -> Tensor:
     """Return the squared Euclidean distance over all tensors as a scalar; differentiable in both."""
     _check(a, b)
-    return torch.stack([(a[name] - b[name]).square().sum() for name in a]).sum()
+    return torch.stack([(a[name] - b[name].to(a[name].device)).square().sum() for name in a]).sum()
 
 
 def norm(a: Tensors) -> float:

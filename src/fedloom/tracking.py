@@ -192,7 +192,9 @@ class MetricsFile:
 
     def restore(self, round_: int) -> None:
         """Drop the lines of rounds after `round_`, those of the final evaluation, and a torn last line."""
-        keep_lines(self.path, lambda line: line["round"] <= round_ and (line["round"] == 0 or "test/" not in line["name"]))
+        keep_lines(
+            self.path, lambda line: line["round"] <= round_ and (line["round"] == 0 or "test/" not in line["name"])
+        )
 
 
 def keep_lines(path: Path, keep: Callable[[Any], bool]) -> None:

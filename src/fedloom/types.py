@@ -124,7 +124,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Ask the runtime for greedy answers of `params` to rendered prompts (the adapter is off where `params` is None)."""
+    """Ask the runtime for greedy answers of `params` (None: of the base alone) to rendered prompts."""
 
     params: Tensors | None
     prompts: tuple[str, ...]

@@ -62,8 +62,10 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
     sink.on(Phase("loading the model"))
     loaded = load_model(recipe.model, lambda text: sink.on(Phase(text)))
     sink.on(Phase("reading and encoding the rows"))
-    progress = lambda done: sink.on(Phase("encoding rows", done))  # noqa: E731
-    split = federation.build(recipe.data, loaded.tokenizer, recipe.seed, home() / "encoded", progress)
+    cache = home() / "encoded"
+    split = federation.build(
+        recipe.data, loaded.tokenizer, recipe.seed, cache, lambda done: sink.on(Phase("encoding rows", done))
+    )
     attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
     initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
     if recipe.init is not None:
@@ -143,8 +145,8 @@ class World:
         state, record = self.checkpoints.load(last)
         if record["split"] != self.assets.federation.split_hash:
             raise RecipeError(
-                f"{self.folder}: the rows or their split are not those of the run (hash {self.assets.federation.split_hash[:12]}, "
-                f"was {record['split'][:12]}); put the same data in place, or start a new run"
+                f"{self.folder}: the rows or their split are not those of the run (hash "
+                f"{self.assets.federation.split_hash[:12]}, was {record['split'][:12]}); put the same data in place, or start a new run"
             )
         self.totals = Totals.load(record["totals"])
         self.totals.setup_seconds += self.assets.seconds
@@ -202,13 +204,14 @@ class World:
         self.sink.on(Phase(f"evaluating {regime}: {name}"))
         view = RegimeView(self.engine, self.assets.federation, self.recipe, state, regime, split)
         found = evaluator.evaluate(view)
-        found = Evaluation({**found.metrics, **spread(evaluator, found.clients)}, found.clients, found.samples, found.invalid)
+        found = Evaluation(
+            {**found.metrics, **spread(evaluator, found.clients)}, found.clients, found.samples, found.invalid
+        )
         if found.invalid:
             self.sink.on(Warned(f"{regime}: {name}: {found.invalid} clients have a loss that is not finite"))
-        label = lambda metrics: {f"{split}/{regime}/{name}/{key}": value for key, value in metrics.items()}  # noqa: E731
-        self.metrics.add(state.round, None, label(found.metrics))
-        for client, metrics in found.clients.items():
-            self.metrics.add(state.round, client, label(metrics))
+        for client, metrics in ((None, found.metrics), *found.clients.items()):
+            named = {f"{split}/{regime}/{name}/{key}": value for key, value in metrics.items()}
+            self.metrics.add(state.round, client, named)
         if split == "test":
             write_samples(self.folder, name, regime, state.round, found.samples)
         self.sink.on(Phase(""))
@@ -255,7 +258,12 @@ class World:
 
 def _join(parts: Iterable[ClientData]) -> ClientData:
     every = list(parts)
-    return ClientData(*(np.concatenate([NOBODY, *column]) for column in zip(*((d.train, d.validation, d.test) for d in every), strict=True)))
+    return ClientData(
+        *(
+            np.concatenate([NOBODY, *column])
+            for column in zip(*((d.train, d.validation, d.test) for d in every), strict=True)
+        )
+    )
 
 
 def _of_round(report: RoundReport) -> dict[str, float]:

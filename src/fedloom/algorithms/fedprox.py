@@ -16,7 +16,7 @@ from pydantic import NonNegativeFloat
 from fedloom import tensors
 from fedloom.algorithms.base import Client
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.types import ClientUpdate, Memory, Message, Penalty, Steps
+from fedloom.types import ClientUpdate, Memory, Message, Steps
 
 
 class FedProx(FedAvg, name="fedprox"):
@@ -27,6 +27,5 @@ class FedProx(FedAvg, name="fedprox"):
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
         start = message.groups["params"].tensors
-        pull: Penalty = lambda w: 0.5 * self.mu * tensors.sq_dist(w, {n: t.to(w[n].device) for n, t in start.items()})  # noqa: E731
-        fitted = yield from client.fit(start, penalty=pull)
+        fitted = yield from client.fit(start, penalty=lambda w: 0.5 * self.mu * tensors.sq_dist(w, start))
         return client.update(tensors.sub(fitted.params, start), fitted), client.memory

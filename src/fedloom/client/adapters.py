@@ -233,7 +233,9 @@ def load_peft(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
+        pickled = (
+            " (adapter_model.bin is a pickle, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
+        )
         raise ModelError(f"{folder} holds no adapter_model.safetensors{pickled}; a run folder's adapter/ is one")
     try:
         saved: dict[str, Any] = load_file(path)

@@ -74,13 +74,17 @@ class LoraLinear(nn.Module):
         self.streams: tuple[torch.Generator, ...] = ()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.zeros(1, r, self.d_in, dtype=dtype, device=weight.device), requires_grad=False)
-        self.lora_B = nn.Parameter(torch.zeros(1, self.d_out, r, dtype=dtype, device=weight.device), requires_grad=False)
+        self.lora_B = nn.Parameter(
+            torch.zeros(1, self.d_out, r, dtype=dtype, device=weight.device), requires_grad=False
+        )
 
     @staticmethod
     def check(name: str, module: nn.Module) -> None:
         """Raise ModelError unless a LoRA layer can stand for `module`."""
         if not isinstance(module, nn.Linear | Conv1D):
-            raise ModelError(f"adapter.targets: {name} is a {type(module).__name__}; LoRA here adapts linear layers only")
+            raise ModelError(
+                f"adapter.targets: {name} is a {type(module).__name__}; LoRA here adapts linear layers only"
+            )
 
     def load(self, a: Tensor, b: Tensor) -> None:
         """Set the factors of K clients: a (K, r, d_in), b (K, d_out, r); copies are made in at least float32."""

@@ -87,7 +87,7 @@ class _ChunkedNll(torch.autograd.Function):
                 loss = functional.cross_entropy(logits_of(part).to(losses.dtype), labels[rows], reduction="none")
             losses[rows] = loss.detach()
             if grads is not None:
-                (grads[rows],) = torch.autograd.grad(loss.sum(), part)
+                (grads[rows],) = torch.autograd.grad(loss, part, torch.ones_like(loss))
         ctx.grads = grads
         return losses
 

@@ -151,7 +151,8 @@ def step_rows(trainer: Trainer, lengths: Sequence[int], seed: int, round_: int, 
 def _steps_of_tokens(trainer: Trainer, lengths: Sequence[int], seed: int, round_: int, client: str) -> list[list[int]]:
     """Cut the stream where its tokens come nearest to the rounds' budgets, carrying no rounding from round to round."""
     budget, size = trainer.tokens or 0, trainer.rows_per_step(len(lengths))
-    stream, total, steps, start = row_stream(len(lengths), seed, client, 0), 0, [], budget * round_
+    stream, total, start = row_stream(len(lengths), seed, client, 0), 0, budget * round_
+    steps: list[list[int]] = []
     while True:
         step = list(islice(stream, size))
         tokens = sum(lengths[row] for row in step)

@@ -45,11 +45,20 @@ class Evaluation:
 class View(Protocol):
     """What an evaluator may look at: one regime's adapters, and the rows of its clients as sums only."""
 
-    seed: int
-    split: Split
-    """`validation` in the course of a run, `test` at its end."""
-    adapters: Mapping[str | None, Tensors | None]
-    """Client -> its adapter, or None -> the one of all; the adapter None is the untouched base."""
+    @property
+    def seed(self) -> int:
+        """The recipe's seed."""
+        ...
+
+    @property
+    def split(self) -> Split:
+        """`validation` in the course of a run, `test` at its end."""
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str | None, Tensors | None]:
+        """Client -> its adapter, or None -> the one of all; the adapter None is the untouched base."""
+        ...
 
     def losses(self) -> Mapping[str, Bundle]:
         """Return client -> loss sums (nll, tokens, bytes, examples) on its own rows of `split`."""

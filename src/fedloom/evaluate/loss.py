@@ -23,7 +23,9 @@ class Loss(Evaluator, name="loss"):
         clients = {name: metrics_of([one]) for name, one in sums.items()}
         valid = {name: one for name, one in sums.items() if math.isfinite(clients[name]["loss"])}
         invalid = len(sums) - len(valid)
-        metrics = metrics_of(valid.values()) if valid else dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
+        metrics = (
+            metrics_of(valid.values()) if valid else dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
+        )
         return Evaluation(metrics, clients, invalid=invalid)
 
 
@@ -33,7 +35,7 @@ def metrics_of(sums: Iterable[Bundle]) -> Mapping[str, float]:
     Args:
         sums: bundles whose scalars hold `nll`, `tokens` and `bytes`; sums add up exactly over clients and batches.
     """
-    total = {key: 0.0 for key in ("nll", "tokens", "bytes")}
+    total = dict.fromkeys(("nll", "tokens", "bytes"), 0.0)
     for one in sums:
         for key in total:
             total[key] += one.scalars[key]

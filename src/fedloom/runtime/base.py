@@ -10,6 +10,8 @@ from fedloom.parts import Part
 class Runtime(Part, family=True):
     """Where clients run."""
 
+    reference: bool = False
+    """Plain arithmetic (unfused LoRA, whole logits, no regrouping of batches): the slow oracle of the fast path."""
     threads: PositiveInt = 2
     """CPU threads of one process; part of what makes two runs equal bit for bit."""
 

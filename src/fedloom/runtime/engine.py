@@ -103,9 +103,7 @@ class Engine:
                 "the state before this round is saved. Lower trainer.lr, set trainer.clip_norm, or look at the data, then "
                 "start anew"
             )
-        combined = self.drive(
-            stage.algorithm.combine(stage.server, state, chain([first], updates)), None, state.round
-        )
+        combined = self.drive(stage.algorithm.combine(stage.server, state, chain([first], updates)), None, state.round)
         for i, transform in enumerate(stage.transforms):
             combined = transform.finish(combined, self._stream(state.round, None, f"finish:{i}"))
         after = self.drive(stage.algorithm.step(stage.server, state, combined), None, state.round)

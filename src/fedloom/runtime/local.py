@@ -10,8 +10,6 @@ from fedloom.runtime.base import Runtime
 class LocalRuntime(Runtime, name="local"):
     """One process, one resident base model."""
 
-    reference: bool = False
-    """Plain arithmetic (unfused LoRA, whole logits, no regrouping of batches): the slow oracle of the fast path."""
     cohort: Literal["auto", 1] = "auto"
     """Clients trained in one pass; auto: 1."""
 

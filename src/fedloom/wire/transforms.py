@@ -13,9 +13,7 @@ from fedloom.types import Bundle, ClientUpdate, Memory, Message
 class Transform(Part, family=True):
     """One link of the chain: the client encodes, the server decodes, and `finish` acts on the combined update once."""
 
-    def encode(
-        self, update: ClientUpdate, memory: Memory, generator: torch.Generator
-    ) -> tuple[ClientUpdate, Memory]:
+    def encode(self, update: ClientUpdate, memory: Memory, generator: torch.Generator) -> tuple[ClientUpdate, Memory]:
         """Change an update before it is sent; what must outlive the round goes into the client's memory."""
         return update, memory
 
@@ -34,9 +32,7 @@ class Clip(Transform, name="clip"):
     norm: PositiveFloat
     """Largest norm of an update."""
 
-    def encode(
-        self, update: ClientUpdate, memory: Memory, generator: torch.Generator
-    ) -> tuple[ClientUpdate, Memory]:
+    def encode(self, update: ClientUpdate, memory: Memory, generator: torch.Generator) -> tuple[ClientUpdate, Memory]:
         if "params" not in update.message.groups:
             return update, memory
         delta = update.message.groups["params"].tensors

@@ -1,0 +1,1 @@
+"""From rows to clients: sources, templates, encoding, partitions and the federation built of them."""
