@@ -3,6 +3,9 @@
 The loop is our own, over transformers' cache, because it is faster than `generate` where it matters, on a CPU: the
 prompts' common beginning (the system prompt, the worked examples) is computed once, and a row leaves the batch when
 its answer ends. A batch lies in the cache as [common beginning | padding | rest of the prompt | answer].
+
+In float32 a prompt's answer does not depend on the others. In bf16 the batch's shape changes roundings and so, now and
+then, a text: compare only what was made from the same prompts with the same `batch_rows`.
 """
 
 from __future__ import annotations
@@ -32,8 +35,6 @@ def greedy(  # noqa: PLR0913 - what to answer with, what to answer, when to stop
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return the most likely continuation of each prompt, token by token.
-
-    In bf16 the batch's shape changes roundings and so, now and then, a text: compare texts of equal settings only.
 
     Args:
         model: a decoder-only model; its training mode is as before afterwards, and no global random stream moves.
@@ -265,7 +266,8 @@ def _stream(
                 break
             tokens.append(token)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the last character may still lack bytes
+            # a text that ends so may still lack bytes of its last character
+            if text[sent:] and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[sent:]
                 sent = len(text)
     if text[sent:]:

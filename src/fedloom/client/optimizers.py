@@ -71,15 +71,15 @@ class WarmUp(Schedule, name="warm-up"):
 
 
 class Cosine(WarmUp, name="cosine"):
-    """Linear warm-up, then half a cosine down to `floor` in the last round."""
+    """Linear warm-up, then half a cosine that would reach `floor` in the round after the last: no round is wasted."""
 
     warmup: NonNegativeInt = 0
     """Rounds of warm-up."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Factor of the last round."""
+    """Factor at which the curve ends."""
 
     def factor(self, round_: int, rounds: int) -> float:
         if round_ < self.warmup:
             return super().factor(round_, rounds)
-        share = (round_ - self.warmup) / max(1, rounds - 1 - self.warmup)
+        share = (round_ - self.warmup) / max(1, rounds - self.warmup)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
