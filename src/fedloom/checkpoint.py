@@ -79,6 +79,14 @@ class MemoryStore:
 
     def restore(self, round_: int) -> None:
         """Go back to the memories as of `round_` finished rounds, and forget whatever came later."""
+        lines = self.look_at(round_)
+        if lines:
+            codec.write_atomic(self._index(), "".join(line + "\n" for line in lines).encode())
+        else:
+            self._index().unlink(missing_ok=True)
+
+    def look_at(self, round_: int) -> list[str]:
+        """Read the memories as of `round_` finished rounds, changing no file; return the index lines up to there."""
         self._versions, self._pending, lines = {}, {}, []
         if self._index().exists():
             for line in self._index().read_text(encoding="utf-8").splitlines():
@@ -91,7 +99,7 @@ class MemoryStore:
                 lines.append(line)
                 for client in entry["clients"]:
                     self._versions.setdefault(client, []).append(entry["round"])
-            codec.write_atomic(self._index(), "".join(line + "\n" for line in lines).encode())
+        return lines
 
     def prune(self, kept: Sequence[int], changed: Iterable[str]) -> None:
         """Delete versions of the `changed` clients that none of the `kept` checkpoints refers to."""
@@ -137,7 +145,7 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stopped(
-                f"the checkpoint of round {state.round} could not be saved in {self.folder}: {error.strerror or error}; "
+                f"the checkpoint of round {state.round} could not be saved in {self.folder}: {error.strerror}; "
                 f"{self._last()} make room, then go on with: fedloom run --resume {self.folder.parent}"
             ) from error
         self._prune()
@@ -156,7 +164,7 @@ class Checkpoints:
     def find(self, name: str) -> int | None:
         """Return the round that `latest` or `best` points at, or None."""
         link = self.folder / name
-        return int(os.readlink(link)) if link.is_symlink() and (link / "state.json").exists() else None
+        return int(link.readlink().name) if link.is_symlink() and (link / "state.json").exists() else None
 
     def load(self, round_: int) -> tuple[ServerState, dict[str, Any]]:
         """Return the state and the record of one checkpoint.

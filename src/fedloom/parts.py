@@ -10,7 +10,7 @@ errors; unknown names and keys are errors with a suggestion and the list of know
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, LiteralString, Self, cast
+from typing import Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -49,7 +49,7 @@ class Record(BaseModel):
                     message = "there is no key '{key}' here{hint} (known: {known})"
                     detail["type"] = PydanticCustomError("unknown_key", message, context)
                 else:
-                    finished = cast(LiteralString, one["msg"].removeprefix("Value error, "))
+                    finished: Any = one["msg"].removeprefix("Value error, ")
                     detail["type"] = PydanticCustomError(one["type"], finished)
                 details.append(detail)
             raise ValidationError.from_exception_data(cls.__name__, details) from None

@@ -10,6 +10,7 @@ from fedloom.client.objectives import collate
 from fedloom.client.trainer import micro_batches, step_rows
 from fedloom.outcome import peak_rss
 from fedloom.tracking import Plan
+from fedloom.units import human_bytes, human_seconds
 from fedloom.wire import codec
 from fedloom.world import World
 
@@ -23,7 +24,7 @@ def make_plan(world: World, start: int) -> Plan:
     Args:
         world: the regime.  start: finished rounds.
     """
-    recipe, split = world.recipe, world.assets.federation
+    recipe, split, model = world.recipe, world.assets.federation, world.recipe.model
     tokens, steps = _tokens_a_round(world)
     cohort = recipe.sampler.cohort(0, world.clients, recipe.seed)
     state = recipe.algorithm.init(world.assets.initial)
@@ -37,7 +38,7 @@ def make_plan(world: World, start: int) -> Plan:
     lines = [
         (
             "model",
-            f"{recipe.model.name}: {world.assets.loaded.parameters:,} parameters, {recipe.model.dtype} on {recipe.model.device}",
+            f"{model.name}: {world.assets.loaded.parameters:,} parameters, {model.dtype} on {model.device}",
         ),
         (
             "trainable",
@@ -102,22 +103,3 @@ def _speed(world: World) -> float:
         p.grad = None
         p.requires_grad_(False)
     return batch.tokens / seconds
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes for people, such as 9.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a time for people, such as 45 s, 3 min 20 s or 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -125,6 +125,7 @@ class World:
             )
         )
         self._clock = time.perf_counter()
+        self._changed: set[str] = set()
 
     def start(self, base: Mapping[str, Mapping[str, float]] | None = None) -> ServerState:
         """Return the state before round 0, saved as checkpoint 0, after the untouched base has been measured.
@@ -133,7 +134,7 @@ class World:
             base: what another regime of the run already measured on the base.
         """
         state = self.recipe.algorithm.init(self.assets.initial)
-        self.totals.results["base"] = self._measure(state, "base", "test") if base is None else dict(base)
+        self.totals.results["base"] = self.measure(state, "base") if base is None else dict(base)
         self._save(state)
         return state
 
@@ -145,8 +146,8 @@ class World:
         state, record = self.checkpoints.load(last)
         if record["split"] != self.assets.federation.split_hash:
             raise RecipeError(
-                f"{self.folder}: the rows or their split are not those of the run (hash "
-                f"{self.assets.federation.split_hash[:12]}, was {record['split'][:12]}); put the same data in place, or start a new run"
+                f"{self.folder}: the rows or their split are not those of the run (hash {record['split'][:12]} then, "
+                f"{self.assets.federation.split_hash[:12]} now); put the same data in place, or start a new run"
             )
         self.totals = Totals.load(record["totals"])
         self.totals.setup_seconds += self.assets.seconds
@@ -158,6 +159,7 @@ class World:
     def after(self, state: ServerState, report: RoundReport) -> None:
         """Book a finished round; evaluate and save where due. Cannot touch the state."""
         self.totals.add(report)
+        self._changed.update(self.memories.commit(state.round))
         for client, metrics in report.clients.items():
             self.metrics.add(state.round, client, {**metrics, "rejected": float(client in report.rejected)})
         self.metrics.add(state.round, None, _of_round(report))
@@ -187,16 +189,17 @@ class World:
         """Measure the result on test data and write the adapters."""
         self.rescue(state)
         regime = self.recipe.algorithm.regime
-        self.totals.results[regime] = self._measure(state, regime, "test")
+        self.totals.results[regime] = self.measure(state, regime)
         if self.assets.federation.unseen:
-            self.totals.results["unseen"] = self._measure(state, "unseen", "test")
+            self.totals.results["unseen"] = self.measure(state, "unseen")
         self.totals.adapter_sha256 = export(self.folder, self.recipe, self.assets, self.memories, self.clients, state)
         self.metrics.flush()
         self._tick()
 
-    def _measure(self, state: ServerState, regime: str, split: Split) -> dict[str, Mapping[str, float]]:
+    def measure(self, state: ServerState, regime: str) -> dict[str, Mapping[str, float]]:
+        """Return evaluator -> metrics of one regime on test data."""
         evaluators = [one for one in self.recipe.evaluate if regime != "unseen" or one.own_rows]
-        return {one.part_name: self._evaluate(state, one, regime, split).metrics for one in evaluators}
+        return {one.part_name: self._evaluate(state, one, regime, "test").metrics for one in evaluators}
 
     def _evaluate(self, state: ServerState, evaluator: Evaluator, regime: str, split: Split) -> Evaluation:
         """Run one evaluator, log its metrics with their spread over clients, and keep its samples at the end."""
@@ -237,10 +240,10 @@ class World:
     def _save(self, state: ServerState) -> None:
         self._tick()
         self.metrics.flush()
-        changed = self.memories.commit(state.round)
         record = {"split": self.assets.federation.split_hash, "totals": self.totals.dump()}
         self.checkpoints.save(state, record)
-        self.memories.prune(self.checkpoints.rounds(), changed)
+        self.memories.prune(self.checkpoints.rounds(), self._changed)
+        self._changed.clear()
 
     def _tick(self) -> None:
         now = time.perf_counter()

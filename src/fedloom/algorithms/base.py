@@ -1,4 +1,4 @@
-"""The contract of a federated algorithm: pure methods over explicit state, whose defaults are FedAvg (arXiv 1602.05629).
+"""The contract of a federated algorithm: pure methods over explicit state; the defaults are FedAvg (arXiv 1602.05629).
 
 Client methods are coroutines that yield effects (`Fit`, `Score`, ...), so one file runs wherever a runtime can perform
 them. A method must read only its arguments and what effects return, never live weights.
@@ -164,7 +164,7 @@ class Algorithm(Part, family=True):
         return done(ServerState(state.round + 1, params, slots))
 
     def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        """Return the loss sums of what this client would use, on its own rows of `split`; only sums leave the client."""
+        """Return the loss sums of what this client would use, on its own rows of `split`; only sums leave it."""
         return (yield from client.score(message.groups["params"].tensors, split))
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:

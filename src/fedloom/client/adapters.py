@@ -195,7 +195,8 @@ class Lora(Adapter, name="lora"):
             if lost or not self.targets:
                 hint = suggest(lost[0], linear) if lost else ""
                 raise ModelError(
-                    f"adapter.targets: no module of {model.name_or_path} is named {', '.join(map(repr, lost)) or '(empty)'}"
+                    f"adapter.targets: no module of {model.name_or_path} is named "
+                    f"{', '.join(map(repr, lost)) or '(empty)'}"
                     f"{hint}; linear modules: {', '.join(linear)}; or all-linear"
                 )
         # peft decides on a copy without storage, so the resident model stays untouched

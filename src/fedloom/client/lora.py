@@ -37,7 +37,7 @@ class _FusedLora(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, a_low, b_low, u = ctx.saved_tensors
         clients = a_low.shape[0]
         dy = dy.contiguous()

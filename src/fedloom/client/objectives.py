@@ -92,7 +92,7 @@ class _ChunkedNll(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
         return (ctx.grads * dloss.unsqueeze(1)).to(ctx.grads.dtype), None, None
 
 

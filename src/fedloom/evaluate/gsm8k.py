@@ -45,7 +45,8 @@ class Gsm8kAccuracy(Evaluator, name="gsm8k"):
         chosen = order[:size] if split == "test" else order[size : 2 * size]
         if not chosen:
             raise DataError(
-                f"evaluator gsm8k: all {len(rows)} problems are kept for the end, so none is left for `every: {self.every}`; "
+                f"evaluator gsm8k: all {len(rows)} problems are kept for the end, so none is left for "
+                f"`every: {self.every}`; "
                 f"set limit to at most {len(rows) // 2}, or every: 0"
             )
         return [rows[i] for i in sorted(chosen)]

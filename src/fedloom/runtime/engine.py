@@ -99,9 +99,9 @@ class Engine:
         first = next(updates, None)
         if first is None:
             raise Stopped(
-                f"round {state.round + 1}: the loss or update of every client ({', '.join(tally.rejected)}) is not finite; "
-                "the state before this round is saved. Lower trainer.lr, set trainer.clip_norm, or look at the data, then "
-                "start anew"
+                f"round {state.round + 1}: no client returned a finite loss and update ({', '.join(tally.rejected)}); "
+                "the state before this round is saved. Lower trainer.lr, set trainer.clip_norm, or look at the data, "
+                "then start anew"
             )
         combined = self.drive(stage.algorithm.combine(stage.server, state, chain([first], updates)), None, state.round)
         for i, transform in enumerate(stage.transforms):

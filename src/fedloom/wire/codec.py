@@ -31,7 +31,8 @@ def encode(groups: Mapping[str, Bundle]) -> bytes:
         raise ValueError(f"group names hold no slash: {odd}")
     tensors = {f"{g}/{n}": t.detach().cpu().contiguous() for g, b in groups.items() for n, t in b.tensors.items()}
     rest = {g: {"scalars": dict(b.scalars), "texts": dict(b.texts)} for g, b in groups.items()}
-    return save_bytes(tensors, metadata={"format": "pt", "fedloom": FORMAT, "groups": json.dumps(rest)})
+    data: bytes = save_bytes(tensors, metadata={"format": "pt", "fedloom": FORMAT, "groups": json.dumps(rest)})
+    return data
 
 
 def decode(data: bytes) -> dict[str, Bundle]:

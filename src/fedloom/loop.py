@@ -51,6 +51,7 @@ def run(
     *overrides: str,
     out: str | Path | None = None,
     overwrite: bool = False,
+    set_files: Sequence[str] = (),
     sink: Sink | None = None,
     **settings: Any,
 ) -> Result:
@@ -64,6 +65,7 @@ def run(
         overrides: `dotted.path=value` texts, as on the command line.
         out: the run folder; by default runs/<name>.
         overwrite: replace a run folder that is already there.
+        set_files: shipped names or YAML files of keys to lay over the recipe.
         sink: receives the run's events.
         settings: further keys of the recipe and their values.
 
@@ -72,7 +74,7 @@ def run(
     """
     tree: Any = recipe.dump() if isinstance(recipe, Recipe) else recipe
     name = Path(tree).stem if isinstance(tree, str | Path) else "run"
-    loaded = recipes.load(tree, overrides, settings=settings)
+    loaded = recipes.load(tree, overrides, set_files, settings)
     folder = Path(out) if out is not None else Path("runs") / name
     resolved = loaded.resolved()
     _claim(folder, overwrite)
@@ -104,8 +106,8 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
     changed = [key for key in old if old[key] != new[key]]
     if odd := [key for key in changed if key not in RESUMABLE]:
         raise RecipeError(
-            f"--resume {folder}: {', '.join(odd)} cannot change in the middle of a run (allowed: {', '.join(RESUMABLE)}); "
-            f"start a new run with init={folder / 'adapter'} instead"
+            f"--resume {folder}: {', '.join(odd)} cannot change in the middle of a run "
+            f"(allowed: {', '.join(RESUMABLE)}); start a new run with init={folder / 'adapter'} instead"
         )
     with _locked(folder):
         done = folder / "summary.json"

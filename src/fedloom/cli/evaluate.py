@@ -1,0 +1,42 @@
+"""`fedloom eval`: measure a run's adapter again, or by other evaluators."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fedloom.cli.options import Checkpoint, Debug, Run
+
+
+def evaluate(
+    run: Run,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[evaluate=...]", help="Evaluators in the place of the recipe's.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the base and a run's result on test data; a missing adapter is an error.
+
+    [bold]Examples[/]
+
+    fedloom eval runs/demo
+
+    fedloom eval runs/demo --checkpoint best
+
+    fedloom eval runs/demo 'evaluate=[{name: gsm8k, limit: 50}]'
+    """
+    from rich.console import Console
+
+    from fedloom.console import ConsoleSink, results
+    from fedloom.reevaluate import reevaluate
+
+    with ConsoleSink(Console(stderr=True), quiet=as_json) as sink:
+        metrics = reevaluate(run, settings or [], checkpoint, sink)
+    if as_json:
+        typer.echo(json.dumps(metrics, indent=1))
+    else:
+        Console().print(results(metrics))

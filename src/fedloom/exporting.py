@@ -1,0 +1,102 @@
+"""Exports of a finished run: PEFT folder, merged model folder, hub upload; each with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedloom import __version__
+from fedloom.client.adapters import save_peft
+from fedloom.home import BUNDLED
+from fedloom.recipe import Recipe
+from fedloom.reopen import reopen
+from fedloom.types import ModelError
+
+
+def adapter(run: Path, out: Path, checkpoint: str | None, client: str | None) -> None:
+    """Write the adapter as a PEFT folder with a model card.
+
+    Args:
+        run: the run folder.  out: the folder to write.
+        checkpoint, client: which adapter, as `reopen.read_adapter` says.
+
+    Raises:
+        ModelError: there is no such adapter.
+    """
+    opened = reopen(run, checkpoint, client)
+    save_peft(out, opened.params, opened.attached.config, base_name(opened.recipe))
+    (out / "README.md").write_text(card(run, opened.recipe, opened.label, "peft"), encoding="utf-8")
+
+
+def merged(run: Path, out: Path, checkpoint: str | None, client: str | None) -> None:
+    """Write the base with the adapter added to its weights as a plain model folder; arguments as for `adapter`."""
+    opened = reopen(run, checkpoint, client)
+    state = opened.attached.merged(opened.loaded.model, opened.params)
+    model = type(opened.loaded.model)(opened.loaded.model.config).to(opened.loaded.model.dtype)
+    model.load_state_dict(state)
+    model.save_pretrained(out)
+    opened.loaded.tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(card(run, opened.recipe, opened.label, "transformers"), encoding="utf-8")
+
+
+def upload(folder: Path, repo: str, private: bool) -> str:
+    """Upload a folder to a hub repository and return its address.
+
+    Raises:
+        ModelError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"fedloom {__version__}"))
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(
+            f"upload to {repo} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+            f"the folder is ready in {folder}; log in with `hf auth login`, check the network (HF_HUB_OFFLINE), "
+            "and run it again"
+        ) from error
+
+
+def base_name(recipe: Recipe) -> str:
+    """Return the name under which others find the base model."""
+    return BUNDLED[recipe.model.name].hub_id if recipe.model.name in BUNDLED else recipe.model.name
+
+
+def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
+    """Return a model card: base, method, data and measured results."""
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"metrics": {}}
+    rows = [
+        f"| {regime} | {evaluator} | {metric} | {value:.4g} |"
+        for regime, found in summary["metrics"].items()
+        for evaluator, metrics in found.items()
+        for metric, value in metrics.items()
+        if value is not None and not metric.endswith(("_worst10", "_variance"))
+    ]
+    what = f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {recipe.adapter.part_name} ({label})"
+    lines = [
+        "---",
+        f"base_model: {base_name(recipe)}",
+        f"library_name: {library}",
+        "tags: [federated-learning, lora, fedloom]",
+        "---",
+        f"# {run.name}",
+        "",
+        f"Fine-tuned with fedloom {__version__}: {what}.",
+        "",
+        f"- data: {summary.get('source', recipe.data.source.part_name)}",
+        f"- clients: {summary.get('clients', recipe.data.clients)}",
+        f"- trained tokens: {summary.get('trained_tokens', 0):,}",
+        "",
+        "| regime | evaluator | metric | value |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "```yaml",
+        recipe.to_yaml().rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""Take up what a run left behind: its recipe, its model and one of its adapters; a missing adapter is an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom import recipe as recipes
+from fedloom.checkpoint import Checkpoints, MemoryStore
+from fedloom.client.adapters import Attached, check_fit, load_peft
+from fedloom.client.models import Loaded, Model, load_model
+from fedloom.recipe import Recipe
+from fedloom.types import ModelError, RecipeError, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """A run's model with one adapter.
+
+    Attributes:
+        params: the adapter's tensors by live name; already in the layers of `attached`.
+        label: which adapter it is, in a few words.
+    """
+
+    recipe: Recipe
+    loaded: Loaded
+    attached: Attached
+    params: Tensors
+    label: str
+
+
+def read_recipe(run: Path) -> Recipe:
+    """Return the resolved recipe of a run folder.
+
+    Raises:
+        RecipeError: the folder is none.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"{run} is no run folder: it holds no recipe.yaml; `fedloom run RECIPE` makes one under runs/"
+        )
+    return recipes.load(run / "recipe.yaml")
+
+
+def read_adapter(run: Path, recipe: Recipe, checkpoint: str | None, client: str | None) -> tuple[Tensors, str]:
+    """Return an adapter of a run and what to call it.
+
+    Args:
+        run: the run folder.  recipe: its recipe.
+        checkpoint: `latest`, `best` or a round; None: the finished adapter.
+        client: whose personal adapter; None: the global one.
+
+    Raises:
+        ModelError: there is no such adapter.
+    """
+    if checkpoint is not None:
+        return _from_checkpoint(run, recipe, checkpoint, client), f"checkpoint {checkpoint}"
+    folder = run / "adapter" if client is None else run / "adapters" / client
+    if client is not None and folder.is_dir():
+        folder = next(iter(sorted(folder.iterdir())))
+    if not folder.is_dir():
+        clients = sorted(p.name for p in (run / "adapters").glob("*"))
+        hint = (
+            f"it has personal adapters; name one with --client: {', '.join(clients[:5])}"
+            if clients
+            else (f"finish it with: fedloom run --resume {run}, or name a checkpoint with --checkpoint latest")
+        )
+        raise ModelError(f"{run} holds no {folder.relative_to(run)}; {hint}")
+    return load_peft(folder), str(folder.relative_to(run))
+
+
+def _from_checkpoint(run: Path, recipe: Recipe, checkpoint: str, client: str | None) -> Tensors:
+    checkpoints = Checkpoints(run / "checkpoints", recipe.checkpoint.keep)
+    found = int(checkpoint) if checkpoint.isdigit() else checkpoints.find(checkpoint)
+    if found not in checkpoints.rounds():
+        known = ", ".join(map(str, checkpoints.rounds())) or "none"
+        raise ModelError(f"{run} has no checkpoint {checkpoint!r}; allowed: latest, best, or a kept round ({known})")
+    state, _ = checkpoints.load(found)
+    memory = None
+    if client is not None:
+        store = MemoryStore(run / "memories")
+        store.look_at(found)
+        memory = store.load(client)
+    slots = recipe.algorithm.export(state, memory)
+    if not slots:
+        raise ModelError(f"algorithm {recipe.algorithm.part_name} has no global adapter; name a client with --client")
+    return next(iter(slots.values()))
+
+
+def reopen(run: Path, checkpoint: str | None = None, client: str | None = None) -> Reopened:
+    """Load a run's model with one of its adapters; arguments and errors are those of `read_adapter`."""
+    recipe = read_recipe(run)
+    params, label = read_adapter(run, recipe, checkpoint, client)
+    loaded = load_model(recipe.model)
+    attached = recipe.adapter.attach(loaded.model)
+    check_fit(params, attached.shapes())
+    attached.load([params])
+    return Reopened(recipe, loaded, attached, params, label)
+
+
+def bare(name: str) -> Loaded:
+    """Load a model without any adapter."""
+    return load_model(Model(name=name))
