@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -113,6 +114,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
         done = folder / "summary.json"
         if done.exists() and not changed:
             return Result(folder, after, json.loads(done.read_text(encoding="utf-8")))
+        done.unlink(missing_ok=True)  # it tells of the run before this one
         write_atomic(path, after.to_yaml().encode())
         return _story(after, folder, sink)
 
@@ -213,7 +215,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder; a killed process frees it."""
+    """Keep other processes out of a run folder (a killed one frees it), and say what a full disk means."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -223,5 +225,12 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise Stopped(
+            f"{folder}: {error.strerror}; the last checkpoint is intact. Make room, then go on with: "
+            f"fedloom run --resume {folder}"
+        ) from error
     finally:
         lock.release()

@@ -33,6 +33,19 @@ class Record(BaseModel):
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_the_default_part(cls, value: Any) -> Any:
+        """Read `sampler: {count: 10}` as options of the default part of that key."""
+        if not isinstance(value, Mapping):
+            return value
+        named = dict(value)
+        for key, field in cls.model_fields.items():
+            given = named.get(key)
+            if isinstance(field.default, Part) and isinstance(given, Mapping) and "name" not in given:
+                named[key] = {"name": field.default.part_name, **given}
+        return named
+
     @model_validator(mode="wrap")
     @classmethod
     def _name_the_known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
