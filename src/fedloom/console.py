@@ -72,7 +72,7 @@ class ConsoleSink(Sink):
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            (self.progress.console if self.progress else self.console).print(text, highlight=False)
+            (self.progress.console if self.progress else self.console).print(text, highlight=False, soft_wrap=True)
 
     def _plan(self, plan: Plan) -> None:
         if self.quiet:
@@ -122,9 +122,9 @@ class ConsoleSink(Sink):
             note = f"loss {report.loss:.3f}, about {human_seconds(left)} left"
             self.progress.update(self.rounds, completed=report.round, note=note)
         self._say(
-            f"round {report.round:>{len(str(report.rounds))}}/{report.rounds}  loss {report.loss:.4f}  "
-            f"{len(report.clients)} clients  {speed:,.0f} tokens/s  "
-            f"down {human_bytes(report.bytes_down)}, up {human_bytes(report.bytes_up)}  {report.seconds:.1f} s"
+            f"round {report.round:>{len(str(report.rounds))}}/{report.rounds}  loss {report.loss:.3f}  "
+            f"{speed:,.0f} tokens/s  ↓{human_bytes(report.bytes_down)} ↑{human_bytes(report.bytes_up)}  "
+            f"{human_seconds(report.seconds)}, {human_seconds(left)} left"
         )
 
     def _evaluated(self, event: Evaluated) -> None:
