@@ -32,6 +32,7 @@ check: $(STAMP)  ## Lint, types and import contracts.
 
 bench: $(STAMP)  ## Time the trainer against a plain loop, in one run.
 	$(BIN)/python benchmarks/plain_loop.py
+	$(BIN)/python benchmarks/plain_loop.py --attention eager
 
 clean:  ## Remove the environment and caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

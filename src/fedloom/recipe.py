@@ -35,7 +35,7 @@ from fedloom.runtime.local import LocalRuntime
 from fedloom.server.aggregate import Aggregator, Mean
 from fedloom.server.optim import ServerOptimizer, ServerSgd
 from fedloom.server.sampling import Sampler, Uniform
-from fedloom.tracking import Tracker
+from fedloom.trackers import Tracker
 from fedloom.types import RecipeError, suggest
 from fedloom.wire.transforms import Transform
 

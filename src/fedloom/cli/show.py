@@ -75,26 +75,27 @@ def list_parts(
     from fedloom import recipe as recipes
     from fedloom.types import RecipeError, suggest
 
-    console, families = Console(), _families()
-    if family is not None and family not in families:
-        raise RecipeError(f"there is no family {family!r}{suggest(family, families)}; families: {', '.join(families)}")
+    console, found = Console(), families()
+    if family is not None and family not in found:
+        raise RecipeError(f"there is no family {family!r}{suggest(family, found)}; families: {', '.join(found)}")
     if family is None:
         table = Table("recipe", "what it is", title="shipped recipes", title_justify="left")
         for name, text in recipes.shipped().items():
             table.add_row(name, text.splitlines()[0].lstrip("# "))
         console.print(table)
-    for name in [family] if family else families:
-        if not families[name].known:
+    for name in [family] if family else found:
+        if not found[name].known:
             continue
         table = Table(name, "what it is", "options", title=name, title_justify="left", show_header=False)
-        for part_name, part in sorted(families[name].known.items()):
+        for part_name, part in sorted(found[name].known.items()):
             summary = (inspect.getdoc(part) or "").splitlines()[0]
             table.add_row(part_name, summary, ", ".join(part.model_fields))
         console.print(table)
 
 
-def _families() -> dict[str, type[Part]]:
+def families() -> dict[str, type[Part]]:
     """Return every family that has been defined, by name."""
+    from fedloom import recipe  # noqa: F401 - defines and registers them
     from fedloom.parts import Part
 
     found: dict[str, type[Part]] = {}
