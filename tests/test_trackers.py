@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from tests.helpers import run
 
 import fedloom
-from tests.helpers import run
 
 
 def test_tensorboard_files(tiny_folder: Path, tmp_path: Path) -> None:

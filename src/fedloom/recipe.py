@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedloom import trackers as _trackers  # noqa: F401 - registers the shipped trackers
 from fedloom.algorithms import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.checkpoint import Checkpointing
@@ -35,7 +36,7 @@ from fedloom.runtime.local import LocalRuntime
 from fedloom.server.aggregate import Aggregator, Mean
 from fedloom.server.optim import ServerOptimizer, ServerSgd
 from fedloom.server.sampling import Sampler, Uniform
-from fedloom.trackers import Tracker
+from fedloom.tracking import Tracker
 from fedloom.types import RecipeError, suggest
 from fedloom.wire.transforms import Transform
 

@@ -18,7 +18,7 @@ import peft
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -221,7 +221,8 @@ def save_peft(folder: Path, params: Tensors, config: peft.LoraConfig, base: str)
     """
     folder.mkdir(parents=True, exist_ok=True)
     saved = {f"base_model.model.{name}.weight": t.detach().cpu().contiguous() for name, t in sorted(params.items())}
-    save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # written here, since `save_file` reports a full disk as a SafetensorError without its cause
+    (folder / "adapter_model.safetensors").write_bytes(save(saved, metadata={"format": "pt"}))
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
 
