@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
 
+from fedloom.results import measures
 from fedloom.tracking import Cohort, Evaluated, Event, Finished, Phase, Plan, RoundReport, Sink, Step, Trained, Warned
 from fedloom.units import human_bytes, human_seconds
 
-REGIMES = ("base", "local", "federated", "centralized", "personal", "unseen")
-SHOWN = (
-    ("loss", "loss", "lower"),
-    ("loss", "perplexity", "lower"),
-    ("loss", "bits_per_byte", "lower"),
-    ("tasks", "exact_match", "higher"),
-    ("tasks", "contained", "higher"),
-    ("gsm8k", "numeric", "higher"),
-    ("gsm8k", "flexible", "higher"),
-    ("gsm8k", "strict", "higher"),
-)
+CLIENTS_SHOWN = 12
 
 
 class ConsoleSink(Sink):
@@ -34,157 +25,149 @@ class ConsoleSink(Sink):
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
-        self.live = console.is_terminal and not quiet
-        self.progress: Progress | None = None
-        self.rounds: TaskID | None = None
-        self.clients: TaskID | None = None
-        self.cohort, self.tokens, self.began, self.left = 0, 0, 0.0, ""
+        self.display = Display(console) if console.is_terminal and not quiet else None
+        self.told: set[tuple[str, str]] = set()
         self.phase = ""
+        self.start, self.began = 0, 0.0
 
     def on(self, event: Event) -> None:
+        if self.display:
+            self.display.on(event)
         match event:
             case Plan():
                 self._plan(event)
-            case Phase():
-                self._phase(event)
+            case Phase() if not self.display:
+                if event.text not in ("", self.phase):
+                    self._say(Text(f"{event.text} ...", "dim"))
+                self.phase = event.text or self.phase
             case Cohort():
-                self.cohort, self.tokens, self.began = len(event.clients), 0, time.perf_counter()
-                self._show_clients(0, f"round {event.round + 1}")
-            case Step():
-                self.tokens += event.tokens
-                speed = self.tokens / max(1e-9, time.perf_counter() - self.began)
-                self._show_clients(None, f"{event.client}: loss {event.loss:.3f}, {speed:,.0f} tokens/s")
-            case Trained():
-                self._show_clients(1, f"{event.client}: loss {event.metrics['loss']:.3f}")
+                self.began = self.began or time.perf_counter()
             case RoundReport():
                 self._round(event)
             case Evaluated():
-                self._evaluated(event)
+                where = f"  {event.regime}, {'test' if event.final else 'validation'}: "
+                found = (f"{m.metric} {m.text(event.metrics[m.metric])}" for m in measures(event.evaluator, event.metrics))
+                self._say(Text.assemble((where, "dim"), ", ".join(found)))
             case Warned():
-                self.console.print(f"[yellow]warning:[/] {event.text}", highlight=False)
-            case Finished():
-                self._stop()
+                self.console.print(Text.assemble(("warning: ", "yellow"), event.text), soft_wrap=True)
+            case _:
+                pass
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        if self.display:
+            self.display.stop()
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: Text) -> None:
         if not self.quiet:
-            (self.progress.console if self.progress else self.console).print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def _plan(self, plan: Plan) -> None:
+        """Print the plan; of a compared regime only what differs from the plans before."""
+        self.start, self.began = plan.start, 0.0
         if self.quiet:
             return
-        self._stop()
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for label, text in plan.lines:
-            table.add_row(label, text)
-        title = f"{plan.name}: {plan.regime}" + (f", from round {plan.start}" if plan.start else "")
-        self.console.print(Panel(table, title=title, title_align="left", border_style="cyan"))
-        if self.live:
-            self.progress = Progress(
-                SpinnerColumn(),
-                TextColumn("[bold]{task.fields[name]}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.rounds = self.progress.add_task("", name="rounds", total=plan.rounds, completed=plan.start, note="")
-            self.clients = self.progress.add_task("", name="clients", total=1, note="")
-            self.progress.start()
-
-    def _phase(self, phase: Phase) -> None:
-        text = phase.text + (f" ({phase.done:,})" if phase.done else "")
-        if self.progress and self.clients is not None:
-            self.progress.update(self.clients, note=text)
-        elif phase.text and phase.text != self.phase and not phase.done:
-            self._say(f"[dim]{text} ...[/]")
-        self.phase = phase.text
-
-    def _show_clients(self, advance: int | None, note: str) -> None:
-        if self.progress is None or self.clients is None:
-            return
-        if advance == 0:
-            self.progress.reset(self.clients, total=self.cohort)
-        self.progress.update(self.clients, advance=advance or 0, note=note)
+            if (label, text) not in self.told:
+                table.add_row(label, Text(text))
+        self.told.update(plan.lines)
+        title = plan.regime if plan.name == plan.regime else f"{plan.name}: {plan.regime}"
+        title += f", going on after round {plan.start}" if plan.start else ""
+        self.console.print(Panel(table, title=Text(title), title_align="left", border_style="cyan"))
 
     def _round(self, report: RoundReport) -> None:
-        left = (report.rounds - report.round) * report.seconds
+        pace = (time.perf_counter() - self.began) / max(1, report.round - self.start)
+        left = human_seconds(pace * (report.rounds - report.round))
         speed = report.tokens / report.fit_seconds if report.fit_seconds else 0.0
-        if self.progress and self.rounds is not None:
-            note = f"loss {report.loss:.3f}, about {human_seconds(left)} left"
-            self.progress.update(self.rounds, completed=report.round, note=note)
+        if self.display:
+            self.display.expect(left)
+        last = report.round == report.rounds
         self._say(
-            f"round {report.round:>{len(str(report.rounds))}}/{report.rounds}  loss {report.loss:.3f}  "
-            f"{speed:,.0f} tokens/s  ↓{human_bytes(report.bytes_down)} ↑{human_bytes(report.bytes_up)}  "
-            f"{human_seconds(report.seconds)}, {human_seconds(left)} left"
+            Text(
+                f"round {report.round:>{len(str(report.rounds))}}/{report.rounds}  loss {report.loss:.3f}  "
+                f"{speed:,.0f} tokens/s  ↓{human_bytes(report.bytes_down)} ↑{human_bytes(report.bytes_up)}  "
+                f"{human_seconds(report.seconds)}{'' if last else f', {left} left'}"
+            )
         )
 
-    def _evaluated(self, event: Evaluated) -> None:
-        chosen = [(m, event.metrics[m]) for e, m, _ in SHOWN if e == event.evaluator and m in event.metrics]
-        chosen = chosen or list(event.metrics.items())[:3]
-        text = ", ".join(f"{name} {value:.4g}" for name, value in chosen)
-        where = "test" if event.final else "validation"
-        self._say(f"  [dim]{event.regime}, {where}:[/] {text}")
 
-    def _stop(self) -> None:
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+class Display:
+    """The moving part on a terminal: bars of rounds and clients, the losses of this round's clients, the phase."""
 
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
+            console=console,
+        )
+        add = self.progress.add_task
+        self.rounds = add("rounds", count="", note="", visible=False)
+        self.clients = add("clients", count="", note="", visible=False)
+        self.phase = add("", count="", note="", visible=False)
+        self.losses: dict[str, float | None] = {}
+        self.bytes, self.tokens, self.began, self.finished = (0, 0), 0, 0.0, 0
+        self.live = Live(console=console, get_renderable=self._view, transient=True, refresh_per_second=5)
 
-def results(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Return a table of regimes by metrics, the best value of each column in bold.
+    def on(self, event: Event) -> None:
+        """Follow one event."""
+        self.live.start()
+        match event:
+            case Plan():
+                self._bar(self.rounds, event.start, event.rounds, "")
+                self.bytes = (0, 0)
+            case Phase():
+                self.progress.update(self.phase, visible=bool(event.text), description=event.text, completed=event.done)
+                count = f"{event.done:,}" + (f"/{event.total:,}" if event.total else "") if event.done else ""
+                self.progress.update(self.phase, total=event.total or None, count=count)
+            case Cohort():
+                self.losses = dict.fromkeys(event.clients)
+                self.tokens, self.began, self.finished = 0, time.perf_counter(), 0
+                self.progress.reset(self.clients)
+                self._bar(self.clients, 0, len(event.clients), "")
+            case Step():
+                self.losses[event.client] = event.loss
+                self.tokens += event.tokens
+                self._speed()
+            case Trained():
+                self.losses[event.client] = event.metrics.get("loss")
+                self.finished += 1
+                self._speed()
+            case RoundReport():
+                self.bytes = (self.bytes[0] + event.bytes_down, self.bytes[1] + event.bytes_up)
+                self._bar(self.rounds, event.round, event.rounds, "")
+                self.progress.update(self.clients, visible=False)
+                self.losses = {}
+            case Finished():
+                self.stop()
+            case _:
+                pass
 
-    Args:
-        metrics: regime -> evaluator -> metric -> value or None, as in summary.json.
-    """
-    regimes = [name for name in REGIMES if name in metrics]
-    columns = [c for c in SHOWN if any(c[1] in metrics[r].get(c[0], {}) for r in regimes)]
-    table = Table(title="results on held-out data", title_justify="left", header_style="bold")
-    table.add_column("regime", style="cyan", no_wrap=True)
-    best: dict[tuple[str, str, str], float | None] = {}
-    for column in columns:
-        table.add_column(column[1].replace("_", " "), justify="right")
-        values = [v for r in regimes if (v := metrics[r].get(column[0], {}).get(column[1])) is not None]
-        best[column] = (max if column[2] == "higher" else min)(values) if values else None
-    for regime in regimes:
-        cells = []
-        for column in columns:
-            value = metrics[regime].get(column[0], {}).get(column[1])
-            cells.append(_cell(value, column, value is not None and value == best[column]))
-        table.add_row(regime, *cells)
-    return table
+    def expect(self, left: str) -> None:
+        """Show the time that is left."""
+        self.progress.update(self.rounds, note=f"about {left} left")
 
+    def stop(self) -> None:
+        """Remove the display."""
+        self.live.stop()
 
-def _cell(value: float | None, column: tuple[str, str, str], bold: bool) -> str:
-    if value is None:
-        return "-"
-    text = f"{100 * value:.1f} %" if column[2] == "higher" else f"{value:.4g}"
-    return f"[bold green]{text}[/]" if bold else text
+    def _bar(self, task: TaskID, done: int, total: int, note: str) -> None:
+        self.progress.update(task, completed=done, total=total, count=f"{done}/{total}", note=note, visible=True)
 
+    def _speed(self) -> None:
+        speed = self.tokens / max(1e-9, time.perf_counter() - self.began)
+        down, up = map(human_bytes, self.bytes)
+        note = f"{speed:,.0f} tokens/s  ↓{down} ↑{up}"
+        self._bar(self.clients, self.finished, len(self.losses), note)
 
-def report(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Print the result of a run: the table, what it cost, where it is, and what to do next."""
-    console.print(results(summary["metrics"]))
-    console.print(
-        f"{summary['trained_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s, "
-        f"{human_bytes(summary['bytes_down'])} down, {human_bytes(summary['bytes_up'])} up, "
-        f"{human_seconds(summary['wall_seconds'])} in all, {human_bytes(summary['peak_rss_bytes'])} of memory at most",
-        highlight=False,
-    )
-    console.print(f"run folder [bold]{folder}[/], adapter {summary['adapter_sha256'][:12]}", highlight=False)
-    console.print("next:", style="bold")
-    for command in (
-        f"fedloom chat {folder}",
-        f"fedloom export {folder} --to merged",
-        f"fedloom run --resume {folder} rounds=+10",
-    ):
-        console.print(f"  {command}", highlight=False)
+    def _view(self) -> Group:
+        known = [(name, loss) for name, loss in self.losses.items() if loss is not None]
+        line = Text("  ".join(f"{name} {loss:.3f}" for name, loss in known[-CLIENTS_SHOWN:]), "dim")
+        return Group(self.progress, *([line] if known else []))

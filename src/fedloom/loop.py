@@ -21,6 +21,7 @@ from fedloom.data.federation import split_table
 from fedloom.outcome import summarize, write_summary
 from fedloom.plan import make_plan
 from fedloom.recipe import RESUMABLE, Recipe
+from fedloom.server.optim import ServerSgd
 from fedloom.server.sampling import Uniform
 from fedloom.tracking import Finished, Phase, Sink, Sinks
 from fedloom.types import RecipeError, ServerState, Stopped
@@ -179,7 +180,10 @@ def _local(recipe: Recipe, world: World, state: ServerState) -> Recipe:
 
 def _centralized(recipe: Recipe, world: World, state: ServerState) -> Recipe:
     """All rows in one place, trained on as many tokens as the federation was, or for as many rounds and steps."""
-    changes: dict[str, Any] = {"algorithm": Centralized(), "sampler": Uniform()}
+    plain = recipe.server.model_copy(
+        update={"lr": 1.0, "optimizer": ServerSgd()}
+    )  # one participant needs no server step
+    changes: dict[str, Any] = {"algorithm": Centralized(), "sampler": Uniform(), "server": plain}
     if recipe.budget == "equal_tokens":
         tokens = max(1, math.ceil(world.totals.tokens / state.round))
         length = {"steps": None, "epochs": None, "tokens": tokens}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedloom import recipe as recipes
 from fedloom.reopen import read_recipe
@@ -30,13 +31,17 @@ def reevaluate(
     if odd := [text for text in settings if text.partition("=")[0].partition(".")[0] != "evaluate"]:
         raise RecipeError(f"fedloom eval sets evaluate=... only; got {odd[0]!r}")
     recipe = recipes.load(read_recipe(run).dump(), settings)
-    world = World(recipe, run, prepare(recipe, sink), sink)
-    name = checkpoint or "latest"
-    found = int(name) if name.isdigit() else world.checkpoints.find(name)
-    if found not in world.checkpoints.rounds():
-        known = ", ".join(map(str, world.checkpoints.rounds())) or "none"
-        raise ModelError(f"{run} has no checkpoint {name!r}; allowed: latest, best, or a kept round ({known})")
-    state, _ = world.checkpoints.load(found)
-    world.memories.look_at(found)
-    regimes = ("base", recipe.algorithm.regime)
-    return {regime: world.measure(state, regime) for regime in regimes}
+    with TemporaryDirectory() as place:
+        # samples are written beside links to the run's state, so that the run folder stays as it is
+        for name in ("checkpoints", "memories"):
+            if (run / name).is_dir():
+                (Path(place) / name).symlink_to((run / name).resolve())
+        world = World(recipe, Path(place), prepare(recipe, sink), sink)
+        name = checkpoint or "latest"
+        found = int(name) if name.isdigit() else world.checkpoints.find(name)
+        if found not in world.checkpoints.rounds():
+            known = ", ".join(map(str, world.checkpoints.rounds())) or "none"
+            raise ModelError(f"{run} has no checkpoint {name!r}; allowed: latest, best, or a kept round ({known})")
+        state, _ = world.checkpoints.load(found)
+        world.memories.look_at(found)
+        return {regime: world.measure(state, regime) for regime in ("base", recipe.algorithm.regime)}

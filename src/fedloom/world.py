@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
     attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
     initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
     if recipe.init is not None:
-        initial = load_peft(recipe.init)
+        initial = load_peft(recipe.init, attached.config)
         check_fit(initial, attached.shapes())
         initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
     sink.on(Phase(""))

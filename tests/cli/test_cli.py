@@ -60,7 +60,9 @@ def test_run_show_eval_chat_export(command, recipe: Path, tmp_path: Path) -> Non
     assert yaml.safe_load(shown.out.partition("results on")[0])["rounds"] == 1
     assert "federated" in shown.out
 
+    before = Path("r/samples/tasks.jsonl").read_bytes()
     evaluated = command("eval", "r", "--json")
+    assert Path("r/samples/tasks.jsonl").read_bytes() == before
     found = json.loads(evaluated.out)
     summary = json.loads(Path("r/summary.json").read_text())
     assert found["federated"]["loss"]["loss"] == pytest.approx(summary["metrics"]["federated"]["loss"]["loss"])

@@ -238,3 +238,28 @@ def test_early_stop_and_best_ignore_what_is_not_finite(tiny_folder: Path, tmp_pa
     result = run(tiny_folder, tmp_path / "a", **changes)
     assert result.summary["rounds"] == 3  # the first is the best, and two more do not improve on it
     assert (result.folder / "checkpoints" / "best").resolve().name == "1"
+
+
+def test_an_adapter_of_another_scale_is_no_start(tiny_folder: Path, tmp_path: Path) -> None:
+    first = run(tiny_folder, tmp_path / "a", rounds=1)
+    with pytest.raises(fedloom.ModelError, match=r"lora_alpha is 4.*set adapter\.r"):
+        run(tiny_folder, tmp_path / "b", init=str(first.adapter), adapter={"alpha": 8})
+
+
+def test_a_loss_that_is_not_finite_enters_no_mean(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedloom.types import Bundle
+
+    real = Engine.evaluate
+
+    def evaluate(self: Engine, state: Any, name: str, split: Any) -> Bundle:
+        sums = real(self, state, name, split)
+        return Bundle(scalars={**sums.scalars, "nll": float("nan")}) if name == "client-2" else sums
+
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
+    result = run(tiny_folder, tmp_path / "a")
+    loss = result.metrics["federated"]["loss"]
+    assert loss["loss"] is not None
+    assert loss["loss_worst10"] is not None
+    assert result.summary["best_round"] is None  # a state that cannot be measured whole is never the best

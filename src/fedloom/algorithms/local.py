@@ -30,7 +30,10 @@ class Local(Algorithm, name="local"):
         # applied as a server would apply it, so that a federation of one client equals this bit for bit
         adapter = tensors.add(start, tensors.sub(fitted.params, start))
         metrics = client.update({}, fitted).metrics
-        return ClientUpdate(client.name, client.weight, Message(), metrics), {"adapter": Bundle(adapter)}
+        return ClientUpdate(client.name, client.weight, Message(), metrics), {
+            **client.memory,
+            "adapter": Bundle(adapter),
+        }
 
     def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
         for _ in updates:
@@ -48,4 +51,4 @@ class Local(Algorithm, name="local"):
 
     @staticmethod
     def _own(memory: Memory, initial: Tensors) -> Tensors:
-        return memory["adapter"].tensors if memory else initial
+        return memory["adapter"].tensors if "adapter" in memory else initial

@@ -63,7 +63,7 @@ class Scaffold(FedAvg, name="scaffold"):
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
         start, c = message.groups["params"].tensors, message.groups["control"].tensors
-        own = client.memory["control"].tensors if client.memory else tensors.zeros_like(c)
+        own = client.memory["control"].tensors if "control" in client.memory else tensors.zeros_like(c)
         where: Literal["weights", "gradient"] = "weights" if self.variant == "post_step_adamw" else "gradient"
         fitted = yield from client.fit(start, correct=Correction(tensors.sub(c, own), where))
         delta = tensors.sub(fitted.params, start)
@@ -72,7 +72,10 @@ class Scaffold(FedAvg, name="scaffold"):
         kept = tensors.add(own, change)
         update = client.update(delta, fitted, control=Bundle(change))
         metrics = {**update.metrics, "control_norm": tensors.norm(kept)}
-        return ClientUpdate(update.client, update.weight, update.message, metrics), {"control": Bundle(kept)}
+        return ClientUpdate(update.client, update.weight, update.message, metrics), {
+            **client.memory,
+            "control": Bundle(kept),
+        }
 
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
         after = yield from super().step(server, state, combined)

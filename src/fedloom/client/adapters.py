@@ -7,6 +7,7 @@ one client).
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -227,11 +228,15 @@ def save_peft(folder: Path, params: Tensors, config: peft.LoraConfig, base: str)
     config.save_pretrained(str(folder))
 
 
-def load_peft(folder: Path) -> dict[str, Tensor]:
+def load_peft(folder: Path, like: peft.LoraConfig | None = None) -> dict[str, Tensor]:
     """Read the tensors of a PEFT LoRA folder under their live names.
 
+    Args:
+        folder: the PEFT folder.
+        like: the configuration that its rank and scale must be those of; None: not checked.
+
     Raises:
-        ModelError: the folder holds no safetensors LoRA adapter.
+        ModelError: the folder holds no safetensors LoRA adapter, or one of another rank or scale.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -239,8 +244,24 @@ def load_peft(folder: Path) -> dict[str, Tensor]:
             " (adapter_model.bin is a pickle, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
         )
         raise ModelError(f"{folder} holds no adapter_model.safetensors{pickled}; a run folder's adapter/ is one")
+    if like is not None:
+        _check_scale(folder, like)
     try:
         saved: dict[str, Any] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
     return {name.removeprefix("base_model.model.").removesuffix(".weight"): t for name, t in saved.items()}
+
+
+def _check_scale(folder: Path, like: peft.LoraConfig) -> None:
+    """Refuse an adapter whose numbers would mean something else under the recipe's configuration."""
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+    pairs = {"r": like.r, "lora_alpha": like.lora_alpha, "use_rslora": like.use_rslora}
+    odd = [f"{k} is {found.get(k)!r}, the recipe's {v!r}" for k, v in pairs.items() if found.get(k, False) != v]
+    if odd:
+        raise ModelError(
+            f"init: {folder}: {'; '.join(odd)}; set adapter.r, adapter.alpha and adapter.rslora to its values"
+        )

@@ -68,12 +68,17 @@ class RegimeView:
 
 
 def spread(evaluator: Evaluator, clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return each metric's mean over the worst tenth of the clients (`_worst10`) and its variance (`_variance`)."""
+    """Return each metric's mean over the worst tenth of the clients (`_worst10`) and its variance (`_variance`).
+
+    Values that are not finite are in neither; `Evaluation.invalid` counts their clients.
+    """
     if not clients:
         return {}
     found = {}
     for name in next(iter(clients.values())):
-        values = np.array([metrics[name] for metrics in clients.values()])
+        values = np.array([v for metrics in clients.values() if np.isfinite(v := metrics[name])])
+        if not len(values):
+            continue
         found[f"{name}_worst10"] = worst_share(values, higher_is_better=evaluator.higher_is_better)
         found[f"{name}_variance"] = float(values.var())
     return found

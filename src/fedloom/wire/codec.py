@@ -1,7 +1,7 @@
 """Messages, memories and states as safetensors bytes; never a pickle.
 
 A tensor is stored under `group/name`; scalars and texts stand as JSON in the file's metadata under `fedloom`, and
-keep every bit (JSON writes the shortest text that reads back as the same double).
+keep every bit (JSON writes the shortest text that reads back as the same double). Equal groups give equal bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def encode(groups: Mapping[str, Bundle]) -> bytes:
         raise ValueError(f"group names hold no slash: {odd}")
     tensors = {f"{g}/{n}": t.detach().cpu().contiguous() for g, b in groups.items() for n, t in b.tensors.items()}
     rest = {g: {"scalars": dict(b.scalars), "texts": dict(b.texts)} for g, b in groups.items()}
-    data: bytes = save_bytes(tensors, metadata={"format": "pt", "fedloom": FORMAT, "groups": json.dumps(rest)})
+    # one key: safetensors writes several in an order that differs from call to call
+    data: bytes = save_bytes(tensors, metadata={"fedloom": json.dumps({"format": FORMAT, "groups": rest})})
     return data
 
 
@@ -43,15 +44,15 @@ def decode(data: bytes) -> dict[str, Bundle]:
     """
     try:
         size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+        told = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedloom"])
         tensors = load_bytes(data)
-        rest = json.loads(metadata["groups"])
+        version, rest = told["format"], told["groups"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WireError(f"not a fedloom message of {len(data)} bytes ({type(error).__name__}: {error})") from error
-    if metadata.get("fedloom") != FORMAT:
-        raise WireError(f"message format {metadata.get('fedloom')!r} is not the format {FORMAT!r} of this version")
+    if version != FORMAT:
+        raise WireError(f"message format {version!r} is not the format {FORMAT!r} of this version")
     split: dict[str, dict[str, Tensor]] = {group: {} for group in rest}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # safetensors gives them in an order that differs from call to call
         group, _, name = key.partition("/")
         if group not in split:
             raise WireError(f"tensor {key!r} belongs to no group of the message ({', '.join(rest)})")

@@ -1,0 +1,132 @@
+"""Results for people: regimes by metrics, how sure the figures are, what a run cost, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.evaluate import Evaluator
+from fedloom.evaluate.stats import wilson
+from fedloom.units import human_bytes, human_seconds
+
+REGIMES = ("base", "local", "federated", "centralized", "personal", "unseen")
+MAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "loss": ("loss", "perplexity", "bits_per_byte"),
+        "tasks": ("exact_match", "contained"),
+        "gsm8k": ("numeric", "flexible", "strict"),
+    }
+)
+"""The metrics worth a column; of other evaluators the first three."""
+SHARES = ("exact_match", "contained", "numeric", "flexible", "strict")
+
+Metrics = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Regime -> evaluator -> metric -> value, or None where it is not finite, as in summary.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One metric of one evaluator.
+
+    Attributes:
+        higher: whether higher is better; None: not known.
+    """
+
+    evaluator: str
+    metric: str
+    higher: bool | None
+
+    @property
+    def title(self) -> str:
+        """Heading of its column."""
+        name = self.metric.replace("_", " ")
+        return name if self.evaluator in MAIN else f"{self.evaluator} {name}"
+
+    def text(self, value: float | None) -> str:
+        """Return the value for people."""
+        if value is None:
+            return "-"
+        return f"{100 * value:.1f} %" if self.metric in SHARES else f"{value:.4g}"
+
+    def best(self, values: list[float]) -> float | None:
+        """Return the best of several values, or None where they do not differ or the direction is not known."""
+        if self.higher is None or len(set(values)) < 2:
+            return None
+        return max(values) if self.higher else min(values)
+
+
+def measures(evaluator: str, metrics: Mapping[str, Any]) -> list[Measure]:
+    """Return the main metrics of an evaluator among those it found."""
+    known = Evaluator.known.get(evaluator)
+    higher = known.higher_is_better if known is not None and issubclass(known, Evaluator) else None
+    plain = [name for name in metrics if not name.endswith(("_worst10", "_variance"))]
+    chosen = [name for name in MAIN.get(evaluator, plain[:3]) if name in metrics]
+    return [Measure(evaluator, name, higher) for name in chosen]
+
+
+def results(metrics: Metrics) -> Table:
+    """Return a table of regimes by main metrics, the best value of each column in bold."""
+    regimes = [name for name in REGIMES if name in metrics]
+    table = Table(title="results on held-out data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("regime", style="cyan", no_wrap=True)
+    columns = []
+    for one in dict.fromkeys(m for r in regimes for e, found in metrics[r].items() for m in measures(e, found)):
+        values = {r: metrics[r].get(one.evaluator, {}).get(one.metric) for r in regimes}
+        best = one.best([value for value in values.values() if value is not None])
+        columns.append(
+            {r: Text(one.text(v), "bold green" if v is not None and v == best else "") for r, v in values.items()}
+        )
+        table.add_column(one.title, justify="right")
+    for regime in regimes:
+        table.add_row(regime, *(cells[regime] for cells in columns))
+    return table
+
+
+def intervals(folder: Path) -> list[str]:
+    """Return a line for each evaluator of a run folder whose samples are right or wrong: items and 95 % intervals.
+
+    Personal adapters are left out: their samples answer the same items again and are not independent.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for path in [*sorted(folder.glob("samples/*.jsonl")), *sorted(folder.glob("regimes/*/samples/*.jsonl"))]:
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if line["client"] is None:
+                scores.setdefault(path.stem, {}).setdefault(line["regime"], []).append(line["score"])
+    lines = []
+    for evaluator, regimes in scores.items():
+        if not all(score in (0, 1) for found in regimes.values() for score in found):
+            continue
+        told = []
+        for regime in sorted(regimes, key=REGIMES.index):
+            low, high = wilson(round(sum(regimes[regime])), len(regimes[regime]))
+            told.append(f"{regime} {100 * low:.1f} to {100 * high:.1f} %")
+        count = max(map(len, regimes.values()))
+        lines.append(f"{evaluator}: {count} items, 95 % intervals (Wilson): {', '.join(told)}")
+    return lines
+
+
+def report(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Print the result of a run: the table, what it cost, where it is, and what to do next."""
+    console.print(results(summary["metrics"]))
+    for line in intervals(folder):
+        console.print(Text(line, "dim"))
+    console.print(
+        Text(
+            f"trained on {summary['trained_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s in "
+            f"{human_seconds(summary['wall_seconds'])}, {human_bytes(summary['bytes_down'])} down, "
+            f"{human_bytes(summary['bytes_up'])} up; {human_bytes(summary['peak_rss_bytes'])} of memory at most"
+        )
+    )
+    where = Text.assemble("run folder ", (str(folder), "bold"), f", adapter {summary['adapter_sha256'][:12]}")
+    commands = (f"chat {folder}", f"eval {folder}", f"export {folder} --to merged", f"run --resume {folder} rounds=+10")
+    # not wrapped, so that paths and commands can be copied
+    console.print(Text("\n").join([where, Text("next:"), *(Text(f"  fedloom {c}") for c in commands)]), soft_wrap=True)
