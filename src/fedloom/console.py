@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -46,8 +45,9 @@ class ConsoleSink(Sink):
                 self._round(event)
             case Evaluated():
                 where = f"  {event.regime}, {'test' if event.final else 'validation'}: "
-                found = (f"{m.metric} {m.text(event.metrics[m.metric])}" for m in measures(event.evaluator, event.metrics))
-                self._say(Text.assemble((where, "dim"), ", ".join(found)))
+                main = measures(event.evaluator, event.metrics)
+                found = ", ".join(f"{one.title} {one.text(event.metrics[one.metric])}" for one in main)
+                self._say(Text.assemble((where, "dim"), found))
             case Warned():
                 self.console.print(Text.assemble(("warning: ", "yellow"), event.text), soft_wrap=True)
             case _:
@@ -96,24 +96,25 @@ class ConsoleSink(Sink):
 
 
 class Display:
-    """The moving part on a terminal: bars of rounds and clients, the losses of this round's clients, the phase."""
+    """The moving part on a terminal: the rounds, this round's clients or the current phase, and the clients' losses.
+
+    It is always three lines high: were its height to change, rich could erase lines that stand above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description:7}"),
             BarColumn(bar_width=16),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             console=console,
+            expand=True,
         )
-        add = self.progress.add_task
-        self.rounds = add("rounds", count="", note="", visible=False)
-        self.clients = add("clients", count="", note="", visible=False)
-        self.phase = add("", count="", note="", visible=False)
-        self.losses: dict[str, float | None] = {}
-        self.bytes, self.tokens, self.began, self.finished = (0, 0), 0, 0.0, 0
+        self.rounds, self.below = (self.progress.add_task(name, count="", note="") for name in ("rounds", "phase"))
+        self.losses: dict[str, float] = {}
+        self.cohort, self.trained, self.tokens, self.began, self.bytes = 0, 0, 0, 0.0, (0, 0)
         self.live = Live(console=console, get_renderable=self._view, transient=True, refresh_per_second=5)
 
     def on(self, event: Event) -> None:
@@ -121,30 +122,25 @@ class Display:
         self.live.start()
         match event:
             case Plan():
-                self._bar(self.rounds, event.start, event.rounds, "")
                 self.bytes = (0, 0)
+                self._bar(self.rounds, event.start, event.rounds)
             case Phase():
-                self.progress.update(self.phase, visible=bool(event.text), description=event.text, completed=event.done)
-                count = f"{event.done:,}" + (f"/{event.total:,}" if event.total else "") if event.done else ""
-                self.progress.update(self.phase, total=event.total or None, count=count)
+                self._phase(event)
             case Cohort():
-                self.losses = dict.fromkeys(event.clients)
-                self.tokens, self.began, self.finished = 0, time.perf_counter(), 0
-                self.progress.reset(self.clients)
-                self._bar(self.clients, 0, len(event.clients), "")
+                self.cohort, self.trained, self.tokens, self.began = len(event.clients), 0, 0, time.perf_counter()
+                self.losses.clear()
+                self.progress.reset(self.below, description="clients")
+                self._clients()
             case Step():
                 self.losses[event.client] = event.loss
                 self.tokens += event.tokens
-                self._speed()
+                self._clients()
             case Trained():
-                self.losses[event.client] = event.metrics.get("loss")
-                self.finished += 1
-                self._speed()
+                self.trained += 1
+                self._clients()
             case RoundReport():
                 self.bytes = (self.bytes[0] + event.bytes_down, self.bytes[1] + event.bytes_up)
-                self._bar(self.rounds, event.round, event.rounds, "")
-                self.progress.update(self.clients, visible=False)
-                self.losses = {}
+                self._bar(self.rounds, event.round, event.rounds)
             case Finished():
                 self.stop()
             case _:
@@ -158,16 +154,25 @@ class Display:
         """Remove the display."""
         self.live.stop()
 
-    def _bar(self, task: TaskID, done: int, total: int, note: str) -> None:
-        self.progress.update(task, completed=done, total=total, count=f"{done}/{total}", note=note, visible=True)
+    def _phase(self, phase: Phase) -> None:
+        if self.progress.tasks[self.below].fields["note"] != phase.text:
+            self.losses.clear()
+            self.progress.reset(self.below, description="phase")
+        total = f"/{phase.total:,}" if phase.total else ""
+        count = f"{phase.done:,}{total}" if phase.done else ""
+        self.progress.update(self.below, completed=phase.done, total=phase.total or None, count=count, note=phase.text)
 
-    def _speed(self) -> None:
+    def _clients(self) -> None:
         speed = self.tokens / max(1e-9, time.perf_counter() - self.began)
         down, up = map(human_bytes, self.bytes)
-        note = f"{speed:,.0f} tokens/s  ↓{down} ↑{up}"
-        self._bar(self.clients, self.finished, len(self.losses), note)
+        self._bar(self.below, self.trained, self.cohort, f"{speed:,.0f} tokens/s  ↓{down} ↑{up}")
+
+    def _bar(self, task: TaskID, done: int, total: int, note: str | None = None) -> None:
+        self.progress.update(task, completed=done, total=total, count=f"{done}/{total}")
+        if note is not None:
+            self.progress.update(task, note=note)
 
     def _view(self) -> Group:
-        known = [(name, loss) for name, loss in self.losses.items() if loss is not None]
-        line = Text("  ".join(f"{name} {loss:.3f}" for name, loss in known[-CLIENTS_SHOWN:]), "dim")
-        return Group(self.progress, *([line] if known else []))
+        latest = list(self.losses.items())[-CLIENTS_SHOWN:]
+        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in latest)
+        return Group(self.progress, Text(losses, "dim", no_wrap=True, overflow="ellipsis"))

@@ -7,41 +7,56 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedloom import recipe as recipes
-from fedloom.reopen import read_recipe
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.reopen import find_round, read_recipe
+from fedloom.results import intervals
 from fedloom.tracking import Sink
 from fedloom.types import ModelError, RecipeError
 from fedloom.world import World, prepare
 
 
 def reevaluate(
-    run: Path, settings: Sequence[str], checkpoint: str | None, sink: Sink
-) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Return regime -> evaluator -> metrics of the base and of a checkpoint, on test data.
+    run: Path, settings: Sequence[str], checkpoint: str | None, adapter: Path | None, sink: Sink
+) -> tuple[dict[str, dict[str, Mapping[str, float]]], list[str]]:
+    """Measure the base and an adapter on test data.
 
     Args:
         run: the run folder.
         settings: `evaluate=...` texts; other keys are refused, since they would measure something else.
-        checkpoint: `latest` (the default), `best` or a kept round.
+        checkpoint: `latest`, `best` or a kept round; None: the finished adapter.
+        adapter: a PEFT folder to measure in its place; None: the run's own.
         sink: receives the events.
 
+    Returns:
+        Regime -> evaluator -> metrics, and the lines of `results.intervals`.
+
     Raises:
-        ModelError: there is no such checkpoint.
+        ModelError: there is no such adapter or checkpoint.
         RecipeError: the folder is no run folder, or another key is set.
     """
     if odd := [text for text in settings if text.partition("=")[0].partition(".")[0] != "evaluate"]:
         raise RecipeError(f"fedloom eval sets evaluate=... only; got {odd[0]!r}")
     recipe = recipes.load(read_recipe(run).dump(), settings)
+    regime = recipe.algorithm.regime if adapter is None else "adapter"
+    personal = adapter is None and (run / "adapters").is_dir()
+    if checkpoint is None and not personal:
+        folder = adapter or run / "adapter"
+        if not folder.is_dir():
+            raise ModelError(
+                f"there is no adapter {folder}; finish the run with: fedloom run --resume {run}, "
+                "or measure a checkpoint with --checkpoint latest"
+            )
+        recipe = recipe.model_copy(update={"init": folder, "algorithm": FedAvg()})
     with TemporaryDirectory() as place:
         # samples are written beside links to the run's state, so that the run folder stays as it is
         for name in ("checkpoints", "memories"):
             if (run / name).is_dir():
                 (Path(place) / name).symlink_to((run / name).resolve())
         world = World(recipe, Path(place), prepare(recipe, sink), sink)
-        name = checkpoint or "latest"
-        found = int(name) if name.isdigit() else world.checkpoints.find(name)
-        if found not in world.checkpoints.rounds():
-            known = ", ".join(map(str, world.checkpoints.rounds())) or "none"
-            raise ModelError(f"{run} has no checkpoint {name!r}; allowed: latest, best, or a kept round ({known})")
-        state, _ = world.checkpoints.load(found)
-        world.memories.look_at(found)
-        return {regime: world.measure(state, regime) for regime in ("base", recipe.algorithm.regime)}
+        if checkpoint is None and not personal:
+            state = recipe.algorithm.init(world.assets.initial)
+        else:
+            state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint or "latest"))
+            world.memories.look_at(state.round)
+        metrics = {name: world.measure(state, name) for name in ("base", regime)}
+        return metrics, intervals(Path(place))

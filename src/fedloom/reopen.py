@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
+
 from fedloom import recipe as recipes
 from fedloom.checkpoint import Checkpoints, MemoryStore
-from fedloom.client.adapters import Attached, check_fit, load_peft
+from fedloom.client.adapters import Attached, Lora, check_fit, load_peft
 from fedloom.client.models import Loaded, Model, load_model
 from fedloom.recipe import Recipe
 from fedloom.types import ModelError, RecipeError, Tensors
@@ -69,12 +71,22 @@ def read_adapter(run: Path, recipe: Recipe, checkpoint: str | None, client: str 
     return load_peft(folder), str(folder.relative_to(run))
 
 
+def find_round(run: Path, checkpoints: Checkpoints, name: str) -> int:
+    """Return the round of the checkpoint that a person names `latest`, `best` or by its round.
+
+    Raises:
+        ModelError: the run has none of that name.
+    """
+    found = int(name) if name.isdigit() else checkpoints.find(name)
+    if found is None or found not in checkpoints.rounds():
+        known = ", ".join(map(str, checkpoints.rounds())) or "none"
+        raise ModelError(f"{run} has no checkpoint {name!r}; allowed: latest, best, or a kept round ({known})")
+    return found
+
+
 def _from_checkpoint(run: Path, recipe: Recipe, checkpoint: str, client: str | None) -> Tensors:
     checkpoints = Checkpoints(run / "checkpoints", recipe.checkpoint.keep)
-    found = int(checkpoint) if checkpoint.isdigit() else checkpoints.find(checkpoint)
-    if found not in checkpoints.rounds():
-        known = ", ".join(map(str, checkpoints.rounds())) or "none"
-        raise ModelError(f"{run} has no checkpoint {checkpoint!r}; allowed: latest, best, or a kept round ({known})")
+    found = find_round(run, checkpoints, checkpoint)
     state, _ = checkpoints.load(found)
     memory = None
     if client is not None:
@@ -98,6 +110,24 @@ def reopen(run: Path, checkpoint: str | None = None, client: str | None = None) 
     return Reopened(recipe, loaded, attached, params, label)
 
 
-def bare(name: str) -> Loaded:
-    """Load a model without any adapter."""
-    return load_model(Model(name=name))
+def load(model: Model, adapter: Path | None) -> Loaded:
+    """Load a model, without adapter or with that of a PEFT LoRA folder in its layers.
+
+    Raises:
+        ModelError: a folder cannot be read, or the adapter does not fit the model.
+    """
+    if adapter is None:
+        return load_model(model)
+    params, saved = load_peft(adapter), peft.LoraConfig.from_pretrained(str(adapter))
+    targets = saved.target_modules
+    lora = Lora(
+        r=saved.r,
+        alpha=saved.lora_alpha,
+        rslora=saved.use_rslora,
+        targets="all-linear" if targets == "all-linear" else tuple(sorted(targets or ())),
+    )
+    loaded = load_model(model)
+    attached = lora.attach(loaded.model)
+    check_fit(params, attached.shapes())
+    attached.load([params])
+    return loaded

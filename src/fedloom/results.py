@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -75,7 +75,7 @@ def measures(evaluator: str, metrics: Mapping[str, Any]) -> list[Measure]:
 
 def results(metrics: Metrics) -> Table:
     """Return a table of regimes by main metrics, the best value of each column in bold."""
-    regimes = [name for name in REGIMES if name in metrics]
+    regimes = _ordered(metrics)
     table = Table(title="results on held-out data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("regime", style="cyan", no_wrap=True)
     columns = []
@@ -106,12 +106,18 @@ def intervals(folder: Path) -> list[str]:
         if not all(score in (0, 1) for found in regimes.values() for score in found):
             continue
         told = []
-        for regime in sorted(regimes, key=REGIMES.index):
+        for regime in _ordered(regimes):
             low, high = wilson(round(sum(regimes[regime])), len(regimes[regime]))
             told.append(f"{regime} {100 * low:.1f} to {100 * high:.1f} %")
         count = max(map(len, regimes.values()))
         lines.append(f"{evaluator}: {count} items, 95 % intervals (Wilson): {', '.join(told)}")
     return lines
+
+
+def _ordered(regimes: Iterable[str]) -> list[str]:
+    """Return the regimes in the usual order, unusual ones last."""
+    names = list(regimes)
+    return sorted(names, key=[*REGIMES, *names].index)
 
 
 def report(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:

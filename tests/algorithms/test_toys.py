@@ -86,6 +86,16 @@ def test_scaffold_reaches_the_optimum() -> None:
     assert float(state.params["w"]) == pytest.approx(OPTIMUM, abs=1e-9)
 
 
+def test_scaffold_on_identical_clients_is_fedavg() -> None:
+    same = lambda name, effect: sgd(2.0, 1.0, steps=3, lr=0.1)(effect)
+    start, clients = torch.full((1,), 5.0, dtype=torch.float64), {"a": 1, "b": 1, "c": 1}
+    for rounds in (1, 2, 5):
+        plain = federate(FedAvg(weighting="uniform"), start, clients, same, rounds)
+        scaffold = federate(Scaffold(), start, clients, same, rounds)
+        torch.testing.assert_close(scaffold.params["w"], plain.params["w"], rtol=0, atol=1e-15)
+        assert float(scaffold.slots["control"].tensors["w"].abs()) > 0
+
+
 @pytest.mark.parametrize("mu", [0.5, 2.0, 1e9])
 def test_fedprox_exact_minimiser(mu: float) -> None:
     start, slope, target = torch.tensor([5.0], dtype=torch.float64), 2.0, 1.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import Checkpoint, Debug
+from fedloom.cli.options import Adapter, Checkpoint, Debug, Imports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt; by default the run's.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely words.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    adapter: Adapter = None,
     checkpoint: Checkpoint = None,
     client: Annotated[str | None, typer.Option(metavar="NAME", help="Use this client's personal adapter.")] = None,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Talk to a run's adapter with its own template and system prompt; Ctrl-D ends.
@@ -41,24 +43,32 @@ def chat(
 
     fedloom chat smollm2-135m
     """
+    from fedloom.client.models import Model
     from fedloom.data.rows import Turn
     from fedloom.data.templates import Chat
-    from fedloom.reopen import bare, reopen
+    from fedloom.reopen import load, read_recipe, reopen
+    from fedloom.types import RecipeError
 
-    template: Template
-    if (Path(what) / "recipe.yaml").is_file():
+    is_run = (Path(what) / "recipe.yaml").is_file()
+    if (checkpoint or client) and (adapter or not is_run):
+        raise RecipeError("--checkpoint and --client choose among a run's own adapters; leave them out here")
+    recipe = read_recipe(Path(what)) if is_run else None
+    if recipe is not None and adapter is None:
         opened = reopen(Path(what), checkpoint, client)
-        loaded, template, label = opened.loaded, opened.recipe.data.template, f"{what}: {opened.label}"
-        system = opened.recipe.data.system if system is None else system
+        loaded, label = opened.loaded, opened.label
     else:
-        loaded, template, label = bare(what), Chat(), f"{what}, no adapter"
+        loaded = load(recipe.model if recipe else Model(name=what), adapter)
+        label = str(adapter) if adapter else "no adapter"
+    template: Template = recipe.data.template if recipe else Chat()
+    if system is None and recipe is not None:
+        system = recipe.data.system
     speak = _Speaker(loaded.model, loaded.tokenizer, template, system, temperature, max_new_tokens)
     if prompt is not None:
         for piece in speak([Turn("user", prompt)]):
             typer.echo(piece, nl=False)
         typer.echo()
         return
-    typer.secho(f"{label}; Ctrl-D ends", dim=True, err=True)
+    typer.secho(f"{what}, {label}; Ctrl-D ends", dim=True, err=True)
     turns: list[Turn] = []
     while True:
         typer.secho("you> ", bold=True, nl=False, err=True)

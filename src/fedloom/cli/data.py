@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import Debug, Recipe, SetFiles, Settings
+from fedloom.cli.options import Debug, Imports, Recipe, SetFiles, Settings
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -30,6 +30,7 @@ def data(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the split (client -> row ids) as JSON.")
     ] = None,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Show how a recipe's rows are split over clients: counts, categories, lengths and drift.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import Checkpoint, Debug, Run
+from fedloom.cli.options import Adapter, Checkpoint, Debug, Imports, Run
 
 
 def evaluate(
@@ -16,7 +16,9 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="[evaluate=...]", help="Evaluators in the place of the recipe's.")
     ] = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Measure the base and a run's result on test data; a missing adapter is an error.
@@ -31,12 +33,20 @@ def evaluate(
     """
     from rich.console import Console
 
-    from fedloom.console import ConsoleSink, results
+    from fedloom.console import ConsoleSink
     from fedloom.reevaluate import reevaluate
+    from fedloom.results import results
+    from fedloom.types import RecipeError
+
+    if checkpoint is not None and adapter is not None:
+        raise RecipeError("--checkpoint and --adapter both name what to measure; leave out one of them")
 
     with ConsoleSink(Console(stderr=True), quiet=as_json) as sink:
-        metrics = reevaluate(run, settings or [], checkpoint, sink)
+        metrics, intervals = reevaluate(run, settings or [], checkpoint, adapter, sink)
     if as_json:
         typer.echo(json.dumps(metrics, indent=1))
     else:
-        Console().print(results(metrics))
+        console = Console()
+        console.print(results(metrics))
+        for line in intervals:
+            console.print(line, style="dim", markup=False, highlight=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import Checkpoint, Debug, Run
+from fedloom.cli.options import Checkpoint, Debug, Imports, Run
 
 
 class Target(StrEnum):
@@ -29,6 +29,7 @@ def export(
     client: Annotated[str | None, typer.Option(metavar="NAME", help="Export this client's personal adapter.")] = None,
     repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Hub repository for --to hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Write a run's result in a form that other tools load, with a model card.

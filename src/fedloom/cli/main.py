@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,7 +17,7 @@ from fedloom.cli.export import export
 from fedloom.cli.run import run
 from fedloom.cli.show import list_parts, show
 
-INTERNAL, INTERRUPTED = 1, 130
+INTERNAL = 1
 
 app = typer.Typer(
     name="fedloom",
@@ -57,27 +57,25 @@ app.command()(doctor)
 
 def main() -> None:
     """Run the command; errors that are meant for people are printed without a traceback (`--debug` shows it)."""
-    from fedloom.types import FedloomError
-
     debug = "--debug" in sys.argv
     try:
         app()
-    except FedloomError as error:
-        _fail(str(error), error.exit_status, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED, debug)
     except BrokenPipeError:
         # whoever read the output has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(INTERNAL) from None
     except Exception as error:
+        from fedloom.types import FedloomError  # imports torch, which takes a second or two
+
+        if debug:
+            raise
+        if isinstance(error, FedloomError):
+            _fail(str(error), error.exit_status)
         message = f"internal error: {type(error).__name__}: {error}\nrun the same command with --debug to see where"
-        _fail(message, INTERNAL, debug)
+        _fail(message, INTERNAL)
 
 
-def _fail(message: str, status: int, debug: bool) -> None:
-    if debug:
-        raise  # noqa: PLE0704 - called while the error is handled
+def _fail(message: str, status: int) -> NoReturn:
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(message, err=True)
     raise SystemExit(status)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +18,36 @@ SetFiles = Annotated[
     list[str] | None,
     typer.Option("--set-file", metavar="NAME|FILE", help="Keys to lay over the recipe; may be given again."),
 ]
+
+
+def _import(names: list[str] | None) -> list[str] | None:
+    """Import modules by name, those of the current folder included, so that the parts in them are known."""
+    sys.path.insert(0, "")
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise _refusal(
+                f"--import {name}: {error}; the module must be installed, on PYTHONPATH or in this folder"
+            ) from error
+    return names
+
+
+def _refusal(text: str) -> Exception:
+    from fedloom.types import RecipeError  # imports torch, which takes a second or two
+
+    return RecipeError(text)
+
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", callback=_import, help="Import a module that registers parts first."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A PEFT folder in the place of the run's own adapter.")
+]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="latest|best|ROUND", help="A checkpoint in the place of the finished adapter.")
 ]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import Debug, SetFiles
+from fedloom.cli.options import Debug, Imports, SetFiles
 
 
 def run(
@@ -22,9 +20,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run folder.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/RECIPE.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run folder that is there.")] = False,
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers parts first.")
-    ] = None,
+    imports: Imports = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json's content on stdout.")] = False,
     debug: Debug = False,
@@ -44,15 +40,10 @@ def run(
     from rich.console import Console
 
     from fedloom import loop
-    from fedloom.console import ConsoleSink, report
+    from fedloom.console import ConsoleSink
+    from fedloom.results import report
     from fedloom.types import RecipeError
 
-    sys.path.insert(0, "")
-    for name in imports or []:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise RecipeError(f"--import {name}: {error}; the module must be importable from this folder") from error
     words = words or []
     sink = ConsoleSink(Console(stderr=True), quiet)
     folder = resume

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import Debug, SetFiles, Settings
+from fedloom.cli.options import Debug, Imports, SetFiles, Settings
 
 if TYPE_CHECKING:
     from fedloom.parts import Part
@@ -22,6 +22,7 @@ def show(
     settings: Settings = None,
     set_file: SetFiles = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Print a recipe with every key, or a run's recipe and results.
@@ -38,7 +39,7 @@ def show(
     from rich.syntax import Syntax
 
     from fedloom import recipe as recipes
-    from fedloom.console import results
+    from fedloom.results import results
     from fedloom.types import RecipeError
 
     if schema:
@@ -59,6 +60,7 @@ def show(
 
 def list_parts(
     family: Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="One family, such as algorithm.")] = None,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """List the shipped recipes and every part by family.
