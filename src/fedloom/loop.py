@@ -130,6 +130,11 @@ def _longer(text: str, rounds: int) -> str:
 def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
     """Run the recipe's own regime, then those it is compared with, on one resident model."""
     trackers = [one.open(folder.name, folder, recipe.dump()) for one in recipe.trackers]
+    for torn in sorted(folder.rglob(".*.tmp"), reverse=True):  # what a kill in mid-write left, deepest first
+        if torn.is_dir() and not torn.is_symlink():
+            shutil.rmtree(torn)
+        else:
+            torn.unlink()
     with Sinks([*([sink] if sink else []), *trackers]) as sinks:
         assets = prepare(recipe, sinks)
         table = json.dumps(split_table(assets.federation), indent=1, ensure_ascii=False)
@@ -140,6 +145,7 @@ def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
             place = folder / "regimes" / name
             place.mkdir(parents=True, exist_ok=True)
             other = REGIMES[name](recipe, world, state)
+            _discard_another(place, other)
             write_atomic(place / "recipe.yaml", other.to_yaml().encode())
             write_atomic(place / "split.json", table.encode())
             its_world, its_state = _regime(other, place, assets, sinks, world.totals.results["base"])
@@ -163,14 +169,25 @@ def _regime(
     try:
         while state.round < recipe.rounds and not world.stopped(state):
             cohort = recipe.sampler.cohort(state.round, world.clients, recipe.seed)
-            state, report = world.engine.round(state, cohort)
-            world.after(state, report)
+            after, report = world.engine.round(state, cohort)
+            world.after(after, report)
+            state = after
     except (KeyboardInterrupt, Stopped):
         sink.on(Phase("saving the state"))
         world.rescue(state)
         raise
     world.finish(state)
     return world, state
+
+
+def _discard_another(place: Path, recipe: Recipe) -> None:
+    """Remove what an earlier budget left in a regime's folder: its rounds were trained in another way."""
+    if not (place / "recipe.yaml").is_file():
+        return
+    old, new = recipes.load(place / "recipe.yaml").dump(), recipe.dump()
+    if any(old[key] != new[key] for key in old if key not in RESUMABLE):
+        shutil.rmtree(place)
+        place.mkdir()
 
 
 def _local(recipe: Recipe, world: World, state: ServerState) -> Recipe:
@@ -180,9 +197,8 @@ def _local(recipe: Recipe, world: World, state: ServerState) -> Recipe:
 
 def _centralized(recipe: Recipe, world: World, state: ServerState) -> Recipe:
     """All rows in one place, trained on as many tokens as the federation was, or for as many rounds and steps."""
-    plain = recipe.server.model_copy(
-        update={"lr": 1.0, "optimizer": ServerSgd()}
-    )  # one participant needs no server step
+    # one participant's change is applied as it is: a server step would only distort plain training
+    plain = recipe.server.model_copy(update={"lr": 1.0, "optimizer": ServerSgd()})
     changes: dict[str, Any] = {"algorithm": Centralized(), "sampler": Uniform(), "server": plain}
     if recipe.budget == "equal_tokens":
         tokens = max(1, math.ceil(world.totals.tokens / state.round))
@@ -202,8 +218,8 @@ REGIMES: Mapping[str, Callable[[Recipe, World, ServerState], Recipe]] = {"local"
 
 def _claim(folder: Path, overwrite: bool) -> None:
     """Make room for a new run folder, or refuse."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return  # at most the lock of a run that was killed before it began
     if not overwrite:
         raise RecipeError(
             f"the run folder {folder} exists; go on with --resume {folder}, replace it with --overwrite, "

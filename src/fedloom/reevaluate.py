@@ -38,25 +38,29 @@ def reevaluate(
         raise RecipeError(f"fedloom eval sets evaluate=... only; got {odd[0]!r}")
     recipe = recipes.load(read_recipe(run).dump(), settings)
     regime = recipe.algorithm.regime if adapter is None else "adapter"
-    personal = adapter is None and (run / "adapters").is_dir()
-    if checkpoint is None and not personal:
-        folder = adapter or run / "adapter"
-        if not folder.is_dir():
-            raise ModelError(
-                f"there is no adapter {folder}; finish the run with: fedloom run --resume {run}, "
-                "or measure a checkpoint with --checkpoint latest"
-            )
-        recipe = recipe.model_copy(update={"init": folder, "algorithm": FedAvg()})
+    if adapter is None and checkpoint is None and (run / "adapters").is_dir():
+        checkpoint = "latest"  # personal adapters are evaluated by their algorithm, from the clients' memories
+    if checkpoint is None:
+        recipe = recipe.model_copy(update={"init": _folder(run, adapter), "algorithm": FedAvg()})
     with TemporaryDirectory() as place:
         # samples are written beside links to the run's state, so that the run folder stays as it is
         for name in ("checkpoints", "memories"):
             if (run / name).is_dir():
                 (Path(place) / name).symlink_to((run / name).resolve())
         world = World(recipe, Path(place), prepare(recipe, sink), sink)
-        if checkpoint is None and not personal:
-            state = recipe.algorithm.init(world.assets.initial)
-        else:
-            state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint or "latest"))
+        state = recipe.algorithm.init(world.assets.initial)
+        if checkpoint is not None:
+            state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint))
             world.memories.look_at(state.round)
         metrics = {name: world.measure(state, name) for name in ("base", regime)}
         return metrics, intervals(Path(place))
+
+
+def _folder(run: Path, adapter: Path | None) -> Path:
+    folder = run / "adapter" if adapter is None else adapter
+    if adapter is None and not folder.is_dir():
+        raise ModelError(
+            f"{run} holds no adapter; finish it with: fedloom run --resume {run}, "
+            "or measure a checkpoint with --checkpoint latest"
+        )
+    return folder

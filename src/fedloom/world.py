@@ -126,6 +126,7 @@ class World:
         )
         self._clock = time.perf_counter()
         self._changed: set[str] = set()
+        self._whole = True
 
     def start(self, base: Mapping[str, Mapping[str, float]] | None = None) -> ServerState:
         """Return the state before round 0, saved as checkpoint 0, after the untouched base has been measured.
@@ -133,6 +134,7 @@ class World:
         Args:
             base: what another regime of the run already measured on the base.
         """
+        self.metrics.path.unlink(missing_ok=True)
         state = self.recipe.algorithm.init(self.assets.initial)
         self.totals.results["base"] = self.measure(state, "base") if base is None else dict(base)
         self._save(state)
@@ -154,10 +156,13 @@ class World:
         self.totals.wall_seconds += self.assets.seconds
         self.memories.restore(last)
         self.metrics.restore(last)
+        if self.totals.best_round == last:  # a kill may have come between the checkpoint and its mark
+            self.checkpoints.mark_best(last)
         return state
 
     def after(self, state: ServerState, report: RoundReport) -> None:
         """Book a finished round; evaluate and save where due. Cannot touch the state."""
+        self._whole = False
         self.totals.add(report)
         self._changed.update(self.memories.commit(state.round))
         for client, metrics in report.clients.items():
@@ -175,14 +180,18 @@ class World:
             self._save(state)
         if improved:
             self.checkpoints.mark_best(state.round)
+        self._whole = True
 
     def stopped(self, state: ServerState) -> bool:
         """Return whether early stop has run out of patience."""
         return self.recipe.early_stop is not None and self.totals.stale >= self.recipe.early_stop.patience
 
     def rescue(self, state: ServerState) -> None:
-        """Save the state of the last finished round if that was not done, since the run is about to end early."""
-        if self.checkpoints.find("latest") != state.round:
+        """Save the state of the last finished round if that was not done, since the run is about to end early.
+
+        A round that was interrupted while it was booked is not: the run then goes on from the checkpoint before it.
+        """
+        if self._whole and self.checkpoints.find("latest") != state.round:
             self._save(state)
 
     def finish(self, state: ServerState) -> None:

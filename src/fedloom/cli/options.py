@@ -22,21 +22,18 @@ SetFiles = Annotated[
 
 def _import(names: list[str] | None) -> list[str] | None:
     """Import modules by name, those of the current folder included, so that the parts in them are known."""
-    sys.path.insert(0, "")
+    if names:
+        sys.path.insert(0, "")
     for name in names or ():
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise _refusal(
+            from fedloom.types import RecipeError  # imports torch, which takes a second or two
+
+            raise RecipeError(
                 f"--import {name}: {error}; the module must be installed, on PYTHONPATH or in this folder"
             ) from error
     return names
-
-
-def _refusal(text: str) -> Exception:
-    from fedloom.types import RecipeError  # imports torch, which takes a second or two
-
-    return RecipeError(text)
 
 
 Imports = Annotated[

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedloom.cli.options import Debug, Imports, SetFiles
+
+if TYPE_CHECKING:
+    from fedloom.loop import Result
+
+INTERRUPTED = 130
 
 
 def run(
@@ -41,29 +48,59 @@ def run(
 
     from fedloom import loop
     from fedloom.console import ConsoleSink
-    from fedloom.results import report
-    from fedloom.types import RecipeError
 
     words = words or []
+    if resume is None:
+        _check_start(words)
+        folder = out or Path("runs") / Path(words[0]).stem
+    else:
+        _check_resume(words, {"--set-file": set_file, "--out": out, "--overwrite": overwrite})
+        folder = resume
     sink = ConsoleSink(Console(stderr=True), quiet)
-    folder = resume
-    if resume is not None and (odd := [word for word in words if "=" not in word]):
-        raise RecipeError(f"with --resume every word is key=value; got {odd[0]!r} (the run's own recipe is used)")
-    if resume is None and (not words or "=" in words[0]):
-        raise RecipeError("name a recipe first, such as demo (fedloom list shows them), or use --resume RUN")
-    try:
-        if resume is not None:
-            result = loop.resume(resume, words, sink)
-        else:
-            folder = out if out is not None else Path("runs") / Path(words[0]).stem
+    with _interruptible(folder):
+        if resume is None:
             result = loop.run(
                 words[0], *words[1:], out=folder, overwrite=overwrite, set_files=set_file or (), sink=sink
             )
+        else:
+            result = loop.resume(folder, words, sink)
+    _tell(result, as_json)
+
+
+def _check_start(words: list[str]) -> None:
+    from fedloom.types import RecipeError
+
+    if not words or "=" in words[0]:
+        raise RecipeError("name a recipe first, such as demo (fedloom list shows them), or use --resume RUN")
+
+
+def _check_resume(words: list[str], options: Mapping[str, object]) -> None:
+    """Refuse what means nothing for a run that has its recipe and its folder."""
+    from fedloom.types import RecipeError
+
+    if odd := [word for word in words if "=" not in word]:
+        raise RecipeError(f"with --resume every word is key=value; got {odd[0]!r} (the run's own recipe is used)")
+    if odd := [name for name, value in options.items() if value]:
+        raise RecipeError(f"{odd[0]} cannot go with --resume, which goes on with the run's own recipe in its folder")
+
+
+@contextmanager
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Turn Ctrl-C into a line that says how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
-        if debug:
-            raise
-        typer.echo(f"\ninterrupted; the state is saved. Go on with: fedloom run --resume {folder}", err=True)
-        raise SystemExit(130) from None
+        begun = (folder / "recipe.yaml").is_file()
+        how = f"the state is saved. Go on with: fedloom run --resume {folder}" if begun else "nothing was begun"
+        typer.echo(f"\ninterrupted; {how}", err=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _tell(result: Result, as_json: bool) -> None:
+    from rich.console import Console
+
+    from fedloom.results import report
+
     if as_json:
         typer.echo(json.dumps(result.summary, indent=1, ensure_ascii=False))
     else:

@@ -12,6 +12,8 @@ import typer
 from fedloom.cli.options import Debug, Imports, SetFiles, Settings
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedloom.parts import Part
 
 
@@ -36,7 +38,6 @@ def show(
     fedloom show --schema > recipe.schema.json
     """
     from rich.console import Console
-    from rich.syntax import Syntax
 
     from fedloom import recipe as recipes
     from fedloom.results import results
@@ -50,12 +51,18 @@ def show(
     console, folder = Console(), Path(recipe)
     is_run = (folder / "recipe.yaml").is_file()
     loaded = recipes.load(folder / "recipe.yaml" if is_run else recipe, settings or (), set_file or ())
-    if console.is_terminal:
-        console.print(Syntax(loaded.to_yaml(), "yaml", background_color="default", word_wrap=True))
-    else:
-        typer.echo(loaded.to_yaml(), nl=False)
+    _print_yaml(console, loaded.to_yaml())
     if is_run and (folder / "summary.json").is_file():
         console.print(results(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]))
+
+
+def _print_yaml(console: Console, text: str) -> None:
+    from rich.syntax import Syntax
+
+    if console.is_terminal:
+        console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    else:
+        typer.echo(text, nl=False)
 
 
 def list_parts(
@@ -72,7 +79,7 @@ def list_parts(
     fedloom list algorithm
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from fedloom import recipe as recipes
     from fedloom.types import RecipeError, suggest
@@ -81,18 +88,33 @@ def list_parts(
     if family is not None and family not in found:
         raise RecipeError(f"there is no family {family!r}{suggest(family, found)}; families: {', '.join(found)}")
     if family is None:
-        table = Table("recipe", "what it is", title="shipped recipes", title_justify="left")
-        for name, text in recipes.shipped().items():
-            table.add_row(name, text.splitlines()[0].lstrip("# "))
-        console.print(table)
+        rows = [(name, text.splitlines()[0].lstrip("# "), "") for name, text in recipes.shipped().items()]
+        _print(console, "shipped recipes, and keys to lay over them (_tiny)", rows)
     for name in [family] if family else found:
-        if not found[name].known:
-            continue
-        table = Table(name, "what it is", "options", title=name, title_justify="left", show_header=False)
-        for part_name, part in sorted(found[name].known.items()):
-            summary = (inspect.getdoc(part) or "").splitlines()[0]
-            table.add_row(part_name, summary, ", ".join(part.model_fields))
-        console.print(table)
+        parts = sorted(found[name].known.items())
+        rows = [(key, (inspect.getdoc(one) or "").splitlines()[0], ", ".join(one.model_fields)) for key, one in parts]
+        _print(console, name, rows)
+    if family is None:
+        console.print(Text("fedloom show RECIPE prints a recipe with every key.", "dim"))
+
+
+def _print(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:
+    """Print what there is of one kind: names, what they are, and their options."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(ratio=2)
+    if any(options for _, _, options in rows):
+        table.add_column(style="dim", ratio=1)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row[: len(table.columns)]))
+    console.print(Text(title, "bold"))
+    console.print(table)
+    console.print()
 
 
 def families() -> dict[str, type[Part]]:
