@@ -133,13 +133,15 @@ BAD = [
     (["RECIPE", "seed.x=1"], r"'seed'|seed"),
     (["rounds=3"], r"name a recipe first"),
     (["--resume", "nowhere"], r"no run folder"),
+    (["--resume", "nowhere", "--out", "r"], r"--out cannot go with --resume"),
     (["--import", "no_such_module", "RECIPE"], r"--import no_such_module"),
 ]
 
 
 @pytest.mark.parametrize(("words", "told"), BAD, ids=[" ".join(words) for words, _ in BAD])
 def test_bad_recipes(command, recipe: Path, words: list[str], told: str) -> None:
-    ran = command("run", *(recipe if word == "RECIPE" else word for word in words), "--out", "r")
+    out = [] if "--resume" in words else ["--out", "r"]
+    ran = command("run", *(recipe if word == "RECIPE" else word for word in words), *out)
     assert ran.status == 2, ran.err
     assert re.search(told, ran.err.replace("\n", " ")), ran.err
     assert ran.err.startswith("error: ") or "\nerror: " in ran.err
