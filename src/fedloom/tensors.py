@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def sq_dist(a: Tensors, b: Tensors) -> Tensor:
 
 def norm(a: Tensors) -> float:
     """Return the joint Euclidean norm over all tensors, accumulated in float64; 0.0 for an empty map."""
-    return float(sum(float(t.double().square().sum()) for t in a.values()) ** 0.5)
+    return math.sqrt(math.fsum(float(t.double().square().sum()) for t in a.values()))
 
 
 def finite(a: Tensors) -> bool:
