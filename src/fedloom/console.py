@@ -85,12 +85,13 @@ class ConsoleSink(Sink):
         speed = report.tokens / report.fit_seconds if report.fit_seconds else 0.0
         if self.display:
             self.display.expect(left)
-        last = report.round == report.rounds
+        # on a terminal the bar tells what is left, which also keeps the line within 80 columns
+        rest = "" if self.display or report.round == report.rounds else f", {left} left"
         self._say(
             Text(
                 f"round {report.round:>{len(str(report.rounds))}}/{report.rounds}  loss {report.loss:.3f}  "
                 f"{speed:,.0f} tokens/s  ↓{human_bytes(report.bytes_down)} ↑{human_bytes(report.bytes_up)}  "
-                f"{human_seconds(report.seconds)}{'' if last else f', {left} left'}"
+                f"{human_seconds(report.seconds)}{rest}"
             )
         )
 

@@ -56,7 +56,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         raise ModelError(
             f"upload to {repo} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
             f"the folder is ready in {folder}; log in with `hf auth login`, check the network (HF_HUB_OFFLINE), "
-            "and run it again"
+            f"then upload it with: hf upload {repo} {folder}"
         ) from error
 
 

@@ -26,7 +26,9 @@ MAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gsm8k": ("numeric", "flexible", "strict"),
     }
 )
-"""The metrics worth a column; of other evaluators the first three."""
+"""The metrics worth a column, the most telling first; of other evaluators the first three."""
+COLUMNS = 6
+"""As many fit a terminal of 80 columns; summary.json has all metrics."""
 SHARES = ("exact_match", "contained", "numeric", "flexible", "strict")
 
 Metrics = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -78,8 +80,9 @@ def results(metrics: Metrics) -> Table:
     regimes = _ordered(metrics)
     table = Table(title="results on held-out data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("regime", style="cyan", no_wrap=True)
-    columns = []
-    for one in dict.fromkeys(m for r in regimes for e, found in metrics[r].items() for m in measures(e, found)):
+    evaluators = dict.fromkeys(e for r in regimes for e in metrics[r])
+    each, columns = max(1, COLUMNS // max(1, len(evaluators))), []
+    for one in dict.fromkeys(m for r in regimes for e, found in metrics[r].items() for m in measures(e, found)[:each]):
         values = {r: metrics[r].get(one.evaluator, {}).get(one.metric) for r in regimes}
         best = one.best([value for value in values.values() if value is not None])
         columns.append(

@@ -38,7 +38,10 @@ def chat(
 
     fedloom chat smollm2-135m --adapter runs/demo/adapter
     """
-    speak = _open(what, adapter, checkpoint, client, (system, temperature, max_new_tokens))
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading the model"):
+        speak = _open(what, adapter, checkpoint, client, (system, temperature, max_new_tokens))
     if prompt is None:
         _talk(speak)
     else:

@@ -40,7 +40,6 @@ def evaluate(
 
     if checkpoint is not None and adapter is not None:
         raise RecipeError("--checkpoint and --adapter both name what to measure; leave out one of them")
-
     with ConsoleSink(Console(stderr=True), quiet=as_json) as sink:
         metrics, intervals = reevaluate(run, settings or [], checkpoint, adapter, sink)
     if as_json:
