@@ -43,6 +43,11 @@ def rows(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int) -> torch.T
 def plain(loaded: Loaded, ids: torch.Tensor, labels: int) -> Callable[[], float]:
     """Return one step of the plain loop: peft, label-only logits, AdamW."""
     model = get_peft_model(copy.deepcopy(loaded.model), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    start = Lora(r=8, alpha=16).attach(copy.deepcopy(loaded.model)).init(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(start[name.removeprefix("base_model.model.").replace(".default.weight", "")])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     inner = model.base_model.model
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fedloom import __version__
 from fedloom.client.adapters import save_peft
@@ -65,6 +69,15 @@ def base_name(recipe: Recipe) -> str:
     return BUNDLED[recipe.model.name].hub_id if recipe.model.name in BUNDLED else recipe.model.name
 
 
+def _portable(value: Any) -> Any:
+    """Return a recipe's values with absolute paths cut to their last part: a card is read on other machines."""
+    if isinstance(value, Mapping):
+        return {key: _portable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_portable(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
     """Return a model card: base, method, data and measured results."""
     path = run / "summary.json"
@@ -79,7 +92,7 @@ def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
     what = f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {recipe.adapter.part_name} ({label})"
     lines = [
         "---",
-        f"base_model: {base_name(recipe)}",
+        f"base_model: {_portable(base_name(recipe))}",
         f"library_name: {library}",
         "tags: [federated-learning, lora, fedloom]",
         "---",
@@ -96,7 +109,7 @@ def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
         *rows,
         "",
         "```yaml",
-        recipe.to_yaml().rstrip(),
+        yaml.safe_dump(_portable(recipe.dump()), sort_keys=False, allow_unicode=True).rstrip(),
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from fedloom import recipe as recipes
 from fedloom.algorithms.centralized import Centralized
 from fedloom.algorithms.local import Local
+from fedloom.checkpoint import Checkpoints
 from fedloom.data.federation import split_table
 from fedloom.outcome import summarize, write_summary
 from fedloom.plan import make_plan
@@ -110,6 +111,11 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
         raise RecipeError(
             f"--resume {folder}: {', '.join(odd)} cannot change in the middle of a run "
             f"(allowed: {', '.join(RESUMABLE)}); start a new run with init={folder / 'adapter'} instead"
+        )
+    finished = Checkpoints(folder / "checkpoints", after.checkpoint.keep).find("latest") or 0
+    if after.rounds < finished:
+        raise RecipeError(
+            f"--resume {folder}: rounds={after.rounds}, but {finished} rounds are done; allowed: {finished} or more"
         )
     with _locked(folder):
         done = folder / "summary.json"

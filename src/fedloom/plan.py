@@ -54,7 +54,7 @@ def make_plan(world: World, start: int) -> Plan:
         ("messages", f"{human_bytes(down)} down and about as much up a round"),
         (
             "expected",
-            f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; memory now {human_bytes(peak_rss())}",
+            f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; from {human_bytes(peak_rss())} of memory",
         ),
     ]
     return Plan(

@@ -76,7 +76,9 @@ def test_run_show_eval_chat_export(command, recipe: Path, tmp_path: Path) -> Non
     assert (tmp_path / "peft" / "adapter_model.safetensors").read_bytes() == Path(
         "r/adapter/adapter_model.safetensors"
     ).read_bytes()
-    assert "base_model" in Path("peft/README.md").read_text()
+    card = Path("peft/README.md").read_text()
+    assert "base_model" in card
+    assert str(tmp_path) not in card.partition("\n- data")[0]
     assert command("export", "r", "--to", "merged", "--out", "merged").status == 0
     assert command("chat", "merged", "--prompt", "Hello", "--max-new-tokens", 3).out == chat.out
     assert command("export", "r", "--out", "merged").status == 2

@@ -99,6 +99,8 @@ def test_resume_refuses_other_keys_and_other_folders(tiny_folder: Path, tmp_path
         fedloom.resume(tmp_path / "a", ["trainer.lr=0.5"])
     with pytest.raises(RecipeError, match="no run folder"):
         fedloom.resume(tmp_path)
+    with pytest.raises(RecipeError, match="2 rounds are done"):
+        fedloom.resume(tmp_path / "a", ["rounds=1"])
 
 
 def test_a_run_folder_is_not_overwritten_unasked(tiny_folder: Path, tmp_path: Path) -> None:

@@ -262,6 +262,4 @@ def _check_scale(folder: Path, like: peft.LoraConfig) -> None:
     pairs = {"r": like.r, "lora_alpha": like.lora_alpha, "use_rslora": like.use_rslora}
     odd = [f"{k} is {found.get(k)!r}, the recipe's {v!r}" for k, v in pairs.items() if found.get(k, False) != v]
     if odd:
-        raise ModelError(
-            f"init: {folder}: {'; '.join(odd)}; set adapter.r, adapter.alpha and adapter.rslora to its values"
-        )
+        raise ModelError(f"{folder}: {'; '.join(odd)}; set adapter.r, adapter.alpha and adapter.rslora to its values")
