@@ -24,6 +24,7 @@ from fedloom.plan import make_plan
 from fedloom.recipe import RESUMABLE, Recipe
 from fedloom.server.optim import ServerSgd
 from fedloom.server.sampling import Uniform
+from fedloom.settle import settle
 from fedloom.tracking import Finished, Phase, Sink, Sinks
 from fedloom.types import RecipeError, ServerState, Stopped
 from fedloom.wire.codec import write_atomic
@@ -143,6 +144,8 @@ def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
             torn.unlink()
     with Sinks([*([sink] if sink else []), *trackers]) as sinks:
         assets = prepare(recipe, sinks)
+        recipe = settle(recipe, assets)
+        write_atomic(folder / "recipe.yaml", recipe.to_yaml().encode())
         table = json.dumps(split_table(assets.federation), indent=1, ensure_ascii=False)
         write_atomic(folder / "split.json", table.encode())
         world, state = _regime(recipe, folder, assets, sinks, None)
@@ -175,13 +178,15 @@ def _regime(
     try:
         while state.round < recipe.rounds and not world.stopped(state):
             cohort = recipe.sampler.cohort(state.round, world.clients, recipe.seed)
-            after, report = world.engine.round(state, cohort)
+            after, report = world.engine.round(world.crew, state, cohort)
             world.after(after, report)
             state = after
     except (KeyboardInterrupt, Stopped):
         sink.on(Phase("saving the state"))
         world.rescue(state)
         raise
+    finally:
+        world.crew.close()
     world.finish(state)
     return world, state
 

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from fedloom.client.objectives import collate
-from fedloom.client.trainer import micro_batches, step_rows
+from fedloom.client.batches import collate, passes
+from fedloom.client.trainer import step_rows
 from fedloom.outcome import peak_rss
 from fedloom.tracking import Plan
 from fedloom.units import human_bytes, human_seconds
@@ -91,15 +91,12 @@ def _speed(world: World) -> float:
     """Time one forward and backward pass of a few rows; return tokens a second. Draws nothing and changes nothing."""
     bench, rows = world.engine.stage.bench, world.rows(world.clients[0])
     lengths = rows.lengths()
-    params = bench.attached.load([world.assets.initial])
-    passes = micro_batches(range(len(rows)), lengths, PROBE_TOKENS)
-    one = passes[len(passes) // 2]
-    batch = collate([rows[row] for row in one], bench.model.device)
+    stack = bench.attached.load([world.assets.initial])
+    cut = passes([list(enumerate(lengths))], PROBE_TOKENS, packed=bench.packed)
+    (one,) = cut[len(cut) // 2]
+    batch = collate([[rows[row] for row in one]], bench.model.device, packed=bench.packed)
     for _ in range(2):  # the first pass pays for first-time allocations
         began = time.perf_counter()
-        bench.objective.loss(bench.model, batch, bench.reference).backward()
+        stack.backward(bench.objective.losses(bench.model, batch, bench.reference).sum())
         seconds = time.perf_counter() - began
-    for p in params.values():
-        p.grad = None
-        p.requires_grad_(False)
-    return batch.tokens / seconds
+    return sum(lengths[row] for row in one) / seconds

@@ -105,7 +105,7 @@ class Recipe(Record):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        problems = [*self.algorithm.conflicts(self), *self._early_stop_problems()]
+        problems = [*self.algorithm.conflicts(self), *self.runtime.conflicts(self), *self._early_stop_problems()]
         names = [one.part_name for one in self.evaluate]
         problems += [f"evaluate: {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
         if problems:
@@ -124,8 +124,11 @@ class Recipe(Record):
             )
 
     def resolved(self) -> Self:
-        """Return the recipe with every `auto` replaced by what it stands for on this machine."""
-        return self.model_copy(update={"model": self.model.resolved(), "runtime": self.runtime.resolved()})
+        """Return the recipe with every `auto` of the model replaced by what it stands for on this machine.
+
+        The others depend on the data and the free memory: `settle` replaces them once both are known.
+        """
+        return self.model_copy(update={"model": self.model.resolved()})
 
     def dump(self) -> dict[str, Any]:
         """Return the recipe as plain values; `Recipe.model_validate` reads them back."""

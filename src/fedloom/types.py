@@ -84,12 +84,18 @@ class Fit:
         trainable: which names move; None means all. The others stay bit for bit what `start` says.
         penalty: added to the loss of every optimiser step.
         correct: see `Correction`.
+        order: `first`: gradients by backpropagation. `zeroth`: each step's gradient is
+            g z with g = (L(w + eps z) - L(w - eps z)) / (2 eps), z ~ N(0, I) drawn from (seed, round, client, step)
+            (SPSA, as in MeZO, arXiv 2305.17333): two forward passes and no graph, at the memory of inference.
+        epsilon: eps.
     """
 
     start: Tensors
     trainable: Callable[[str], bool] | None = None
     penalty: Penalty | None = None
     correct: Correction | None = None
+    order: Literal["first", "zeroth"] = "first"
+    epsilon: float = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,7 @@ class Fitted:
         steps: optimiser steps taken.  lr: their learning rate (constant within a round).
         examples: rows trained on.  tokens: input tokens trained on, padding aside.
         losses: token-weighted mean loss of each step, in nats per trained token.
+        slopes: g of each step of a fit of order `zeroth`: with the seeds, all that the trained weights depend on.
     """
 
     params: Tensors
@@ -109,6 +116,7 @@ class Fitted:
     examples: int
     tokens: int
     losses: tuple[float, ...]
+    slopes: tuple[float, ...] = ()
 
 
 Split: TypeAlias = Literal["train", "validation", "test"]

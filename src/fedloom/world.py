@@ -124,6 +124,7 @@ class World:
                 sink,
             )
         )
+        self.crew = recipe.runtime.crew(self.engine, recipe)
         self._clock = time.perf_counter()
         self._changed: set[str] = set()
         self._whole = True

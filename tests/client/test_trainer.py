@@ -10,11 +10,13 @@ import torch
 from tests.tiny import tiny_model
 from torch.nn import functional
 
-from fedloom.client import trainer as loop
+from fedloom.client import fit as loop
 from fedloom.client.adapters import Lora
-from fedloom.client.objectives import Sft, collate, nll
+from fedloom.client.batches import collate, passes
+from fedloom.client.fit import Job, fit, score
+from fedloom.client.objectives import Sft, nll
 from fedloom.client.optimizers import AdamW, Constant, Cosine, Sgd, WarmUp
-from fedloom.client.trainer import Bench, Rows, Trainer, fit, micro_batches, row_stream, score, step_rows
+from fedloom.client.trainer import Bench, Rows, Trainer, row_stream, step_rows
 from fedloom.data.encode import Encoded
 from fedloom.types import Correction, Fit
 
@@ -38,7 +40,7 @@ def _bench(trainer: Trainer, dropout: float = 0.0, dtype: torch.dtype = torch.fl
 def _fit(trainer: Trainer, effect: Any = None, client: str = "a", round_: int = 0, **changes: Any) -> Any:
     bench = _bench(trainer, **changes)
     start = bench.attached.init(0, torch.promote_types(bench.model.dtype, torch.float32))
-    return fit(bench, _rows(), Fit(start, **(effect or {})), round_, client), start
+    return fit(bench, [Job(client, round_, _rows(), Fit(start, **(effect or {})))])[0], start
 
 
 def _close(a: Any, b: Any, atol: float) -> None:
@@ -49,11 +51,11 @@ def _close(a: Any, b: Any, atol: float) -> None:
 def test_accumulation_equals_one_big_batch() -> None:
     big, _ = _fit(Trainer(steps=3, batch=8, lr=1e-2))
     small, _ = _fit(Trainer(steps=3, batch=2, accumulate=4, lr=1e-2))
-    passes, _ = _fit(Trainer(steps=3, batch=8, lr=1e-2, micro_tokens=1))
+    cut, _ = _fit(Trainer(steps=3, batch=8, lr=1e-2, micro_tokens=1))
     _close(big, small, 1e-12)
-    _close(big, passes, 1e-12)
+    _close(big, cut, 1e-12)
     assert small.steps == 3
-    assert big.tokens == small.tokens == passes.tokens
+    assert big.tokens == small.tokens == cut.tokens
 
 
 def test_reference_equals_fast() -> None:
@@ -94,11 +96,16 @@ def test_more_batch_than_rows() -> None:
     assert [len(step) for step in step_rows(Trainer(steps=3, batch=64), [5] * 10, 0, 0, "a")] == [10, 10, 10]
 
 
-def test_micro_batches_stay_within_the_limit() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_passes_stay_within_the_limit(packed: bool) -> None:
     lengths = [50, 10, 30, 20, 400, 10]
-    passes = micro_batches(range(6), lengths, 100)
-    assert sorted(row for one in passes for row in one) == list(range(6))
-    assert all(len(one) * max(lengths[r] for r in one) <= 100 or len(one) == 1 for one in passes)
+    steps = [[(row, lengths[row]) for row in rows] for rows in ((0, 2, 4), (1, 3, 5))]
+    cut = passes(steps, 100, packed=packed)
+    assert sorted(row for one in cut for client in one for row in client) == list(range(6))
+    for one in cut:
+        taken = [lengths[row] for client in one for row in client]
+        assert len(taken) == 1 or (sum(taken) if packed else len(taken) * max(taken)) <= 100
+        assert all(row in {r for r, _ in step} for step, client in zip(steps, one, strict=True) for row in client)
 
 
 def test_only_what_is_trainable_moves() -> None:
@@ -182,14 +189,18 @@ def test_loss_is_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
 
 
-def test_collate_finds_the_labels() -> None:
-    rows = _rows(3)
-    batch = collate([rows[i] for i in range(3)], torch.device("cpu"))
-    assert batch.tokens == sum(rows.lengths())
-    assert len(batch.labels) == sum(int(rows[i].train[1:].sum()) for i in range(3))
-    for (row, position), label in zip(batch.where.tolist(), batch.labels.tolist(), strict=True):
-        assert rows[row].ids[position + 1] == label
-        assert rows[row].train[position + 1]
+@pytest.mark.parametrize("packed", [False, True])
+def test_collate_finds_the_labels(packed: bool) -> None:
+    rows = _rows(4)
+    clients = [[rows[0], rows[1]], [], [rows[2], rows[3]]]
+    batch = collate(clients, torch.device("cpu"), packed=packed)
+    flat = batch.ids.flatten()
+    assert sum(batch.spans) == len(flat)
+    assert batch.spans[1] == batch.terms[1] == 0
+    expected = [int(t) for row in (rows[i] for i in range(4)) for t in row.ids[1:][row.train[1:]]]
+    assert batch.labels.tolist() == expected
+    before = [int(t) for row in (rows[i] for i in range(4)) for t in row.ids[:-1][row.train[1:]]]
+    assert flat[batch.at].tolist() == before
 
 
 def test_schedules() -> None:
@@ -212,6 +223,6 @@ def test_optimizers_take_their_options() -> None:
 def test_steps_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     bench = _bench(Trainer(steps=2, batch=2), on_step=lambda *one: told.append(one))
-    fit(bench, _rows(), Fit(bench.attached.init(0, torch.float64)), 0, "a")
+    fit(bench, [Job("a", 0, _rows(), Fit(bench.attached.init(0, torch.float64)))])
     assert [one[0] for one in told] == ["a", "a"]
     assert loop.SCORE_TOKENS > 0

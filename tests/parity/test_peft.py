@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedloom
 from fedloom.client.adapters import Lora, load_peft, save_peft
-from fedloom.client.lora import LoraLinear
+from fedloom.client.lora import LoraLinear, Owners, fused
 from fedloom.types import ModelError, Tensors
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -40,18 +40,19 @@ def test_forward_and_gradients_are_pefts(tmp_path: Path, lora: Lora, reference: 
         if "lora_" in name:
             p.data = params[name.removeprefix("base_model.model.").replace(".default.weight", "")].clone()
 
-    live = attached.load([params])
+    stack = attached.load([params])
+    live = stack.views
     ours = model(input_ids=IDS).logits
-    ours.square().mean().backward()
+    stack.backward(ours.square().mean())
     expected = theirs(input_ids=IDS).logits
     expected.square().mean().backward()
 
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-    compared = 0
+    gradients, compared = dict(zip(stack.moving, stack.grads(0), strict=True)), 0
     for name, p in theirs.named_parameters():
         if "lora_" in name:
-            mine = live[name.removeprefix("base_model.model.").replace(".default.weight", "")]
-            torch.testing.assert_close(mine.grad[0], p.grad, rtol=0, atol=1e-12)
+            mine = gradients[name.removeprefix("base_model.model.").replace(".default.weight", "")]
+            torch.testing.assert_close(mine, p.grad, rtol=0, atol=1e-12)
             compared += 1
     assert compared == len(live)
 
@@ -71,20 +72,23 @@ def test_stacked_clients_equal_each_alone() -> None:
     assert not torch.equal(both[:2], both[2:])
 
 
-def test_fused_gradients_by_finite_differences() -> None:
+@pytest.mark.parametrize("spans", [None, (1, 5), (0, 6)])
+def test_fused_gradients_by_finite_differences(spans: tuple[int, ...] | None) -> None:
     stream = torch.Generator().manual_seed(0)
-    layer = LoraLinear(torch.nn.Linear(5, 4, dtype=torch.float64), 2, 1.5, 0.0, False)
-    layer.requires_grad_(False)
-    x = torch.randn(6, 3, 5, generator=stream, dtype=torch.float64, requires_grad=True)
-    a = torch.randn(2, 2, 5, generator=stream, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(2, 4, 2, generator=stream, dtype=torch.float64, requires_grad=True)
+    owners = Owners(spans)
+    layers = [LoraLinear(torch.nn.Linear(5, out, dtype=torch.float64), 2, 0.0, False, owners) for out in (4, 3)]
+    for layer in layers:
+        layer.requires_grad_(False)
+        layer.scale = torch.tensor([1.5, 0.5], dtype=torch.float64).view(2, 1, 1)
+    shapes = [(6, 5), (2, 2, 5), (2, 4, 2), (2, 2, 5), (2, 3, 2)]
+    draws = [torch.randn(s, generator=stream, dtype=torch.float64, requires_grad=True) for s in shapes]
 
-    from fedloom.client.lora import _FusedLora
+    def forward(x: torch.Tensor, *factors: torch.Tensor) -> list[torch.Tensor]:
+        for layer, a, b in zip(layers, factors[::2], factors[1::2], strict=True):
+            layer.a, layer.b = a, b
+        return fused(x, layers)
 
-    def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return _FusedLora.apply(x.reshape(-1, 5), layer.base.weight, layer.base.bias, a, b, 1.5)
-
-    assert torch.autograd.gradcheck(forward, (x, a, b))
+    assert torch.autograd.gradcheck(forward, draws)
 
 
 def test_transposed_layers_of_gpt2(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ class Algorithm(Part, family=True):
     """Under which name its results are reported."""
     personal: ClassVar[bool] = False
     """Whether clients end with adapters of their own, kept in their memories."""
+    alone: ClassVar[str] = ""
+    """Why its clients must be trained one after another; empty: they need not."""
 
     weighting: Literal["examples", "uniform"] = "examples"
     """Weight of a client in the mean: its true number of training rows, or 1."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import peft
 import torch
@@ -24,9 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom import seeds
-from fedloom.client.lora import LoraLinear
+from fedloom.client.lora import LoraLinear, Owners, Siblings, Spans
+from fedloom.client.stack import Stack
 from fedloom.parts import Part
 from fedloom.types import ModelError, Tensors, suggest
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of neighbouring layers that most decoders call with one input; a call with another input is computed alone."""
 
 
 class Attached:
@@ -35,10 +39,14 @@ class Attached:
     Attributes:
         layers: live module name -> its layer, in the model's order.
         config: the peft configuration that describes them.
+        owners: whose tokens the layers see.  scale: rank -> what the low-rank product is multiplied by.
     """
 
-    def __init__(self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig) -> None:
-        self.layers, self.config = dict(layers), config
+    def __init__(
+        self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig, owners: Owners, scale: Callable[[int], float]
+    ) -> None:
+        self.layers, self.config, self.owners, self.scale = dict(layers), config, owners, scale
+        self.first = next(iter(self.layers.values()))
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return trainable name -> shape: `<module>.lora_A` (r, d_in) and `<module>.lora_B` (d_out, r)."""
@@ -60,38 +68,61 @@ class Attached:
                 start[name].copy_(a)
         return start
 
-    def load(self, clients: Sequence[Tensors]) -> dict[str, nn.Parameter]:
-        """Put the weights of K clients into the layers, stacked, and return them as fresh parameters.
+    def load(self, clients: Sequence[Tensors], moving: Callable[[str], bool] | None = None) -> Stack:
+        """Put the weights of K clients into the layers, stacked.
 
         Args:
-            clients: one name -> tensor map a client, names and shapes as in `shapes()`.
+            clients: one name -> tensor map a client, names as in `shapes()`; a client may have a rank of its own,
+                module by module, whose scale is then that of its rank.
+            moving: which names will be trained; None: all.
 
         Returns:
-            name -> parameter of shape (K, *shape), on the layer's device, in at least float32.
+            Their tensors in one buffer, on the layers' device, in at least float32.
 
         Raises:
             ModelError: names or shapes do not fit this adapter.
         """
         shapes = self.shapes()
         for tensors in clients:
-            check_fit(tensors, shapes)
-        params = {}
+            check_fit(tensors, shapes, any_rank=True)
+        weight = self.first.weight()
+        # in the model's order, whatever the order of the message, as sums such as a norm depend on it
+        ordered = [{name: tensors[name] for name in shapes} for tensors in clients]
+        stack = Stack(ordered, weight.device, torch.promote_types(weight.dtype, torch.float32), moving)
+        self.bind(stack)
+        return stack
+
+    def bind(self, stack: Stack) -> None:
+        """Let the layers compute with what is in the stack now."""
         for module, layer in self.layers.items():
-            a, b = f"{module}.lora_A", f"{module}.lora_B"
-            layer.load(torch.stack([c[a] for c in clients]), torch.stack([c[b] for c in clients]))
-            params[a], params[b] = layer.lora_A, layer.lora_B
-        return params
+            layer.a, layer.b = stack.views[f"{module}.lora_A"], stack.views[f"{module}.lora_B"]
+            ranks = [shape[0] for shape in stack.ranks(f"{module}.lora_A")]
+            scales = [self.scale(rank) for rank in ranks]
+            layer.scale = scales[0] if min(ranks) == max(ranks) else layer.a.new_tensor(scales).view(-1, 1, 1)
+            layer.enabled = True
+            if layer.siblings is not None:
+                layer.siblings.forget()
+
+    @contextmanager
+    def owned(self, tokens: Spans) -> Iterator[None]:
+        """Within the context a pass holds `tokens[k]` tokens of client k, client after client."""
+        self.owners.tokens = tokens
+        try:
+            yield
+        finally:
+            self.owners.tokens = None
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within the context the model computes as the untouched base."""
+        before = self.first.enabled
         for layer in self.layers.values():
             layer.enabled = False
         try:
             yield
         finally:
             for layer in self.layers.values():
-                layer.enabled = True
+                layer.enabled = before
 
     @contextmanager
     def dropout(self, streams: Sequence[torch.Generator]) -> Iterator[None]:
@@ -114,18 +145,19 @@ class Attached:
         check_fit(params, self.shapes())
         state = {}
         for name, value in model.state_dict().items():
-            if name.endswith((".lora_A", ".lora_B")):
-                continue
             state[name.replace(".base.", ".")] = value
         for module, layer in self.layers.items():
-            delta = layer.delta(params[f"{module}.lora_A"], params[f"{module}.lora_B"])
+            a, b = params[f"{module}.lora_A"], params[f"{module}.lora_B"]
+            delta = layer.delta(a, b, self.scale(len(a)))
             weight = state[f"{module}.weight"]
             state[f"{module}.weight"] = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         return state
 
 
-def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ModelError unless `tensors` has exactly the names and shapes of `shapes`."""
+def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], any_rank: bool = False) -> None:
+    """Raise ModelError unless `tensors` has exactly the names and shapes of `shapes` (but for LoRA ranks: `any_rank`)."""
+    if any_rank:
+        shapes = {name: _with_rank(name, shape, tensors) for name, shape in shapes.items()}
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     wrong = [n for n in shapes if n in tensors and tuple(tensors[n].shape) != tuple(shapes[n])]
     if not (missing or extra or wrong):
@@ -136,8 +168,20 @@ def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
     raise ModelError("the adapter's tensors do not fit the model: " + "; ".join(lines))
 
 
+def _with_rank(name: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[int, ...]:
+    """Return the shape with the rank of the tensors' own A."""
+    module, _, factor = name.rpartition(".")
+    a = tensors.get(f"{module}.lora_A")
+    if a is None or a.dim() != 2 or not len(a):
+        return shape
+    return (len(a), shape[1]) if factor == "lora_A" else (shape[0], len(a))
+
+
 class Adapter(Part, family=True):
     """What is trained and exchanged beside the frozen base."""
+
+    stackable: ClassVar[bool] = False
+    """Whether its layers can hold several clients' weights in one pass."""
 
     def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
         """Put the adapter's layers into `model`, in place, once; `reference` selects the plain, slower arithmetic."""
@@ -146,6 +190,8 @@ class Adapter(Part, family=True):
 
 class Lora(Adapter, name="lora"):
     """Low-rank adaptation (arXiv 2106.09685): W + s B A with s = alpha / r, or alpha / sqrt r (arXiv 2312.03732)."""
+
+    stackable: ClassVar[bool] = True
 
     r: PositiveInt = 8
     """Rank of the update of each target matrix."""
@@ -172,16 +218,25 @@ class Lora(Adapter, name="lora"):
         )
 
     def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
-        scale = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
-        config, names = self.config(), self.target_modules(model)
+        config, names, owners = self.config(), self.target_modules(model), Owners()
         layers = {}
         for name in names:
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
-            layers[name] = LoraLinear(getattr(owner, child), self.r, scale, self.dropout, reference)
+            layers[name] = LoraLinear(getattr(owner, child), self.r, self.dropout, reference, owners)
             setattr(owner, child, layers[name])
+        for parent in {name.rpartition(".")[0] for name in names}:
+            for kin in SHARED_INPUTS:
+                group = tuple(layers[f"{parent}.{child}"] for child in kin if f"{parent}.{child}" in layers)
+                together = Siblings(group) if len(group) > 1 else None
+                for layer in group:
+                    layer.siblings = together
         config.base_model_name_or_path = model.name_or_path
-        return Attached(layers, config)
+        return Attached(layers, config, owners, self.scale)
+
+    def scale(self, rank: int) -> float:
+        """Return what the low-rank product of a rank is multiplied by."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def target_modules(self, model: PreTrainedModel) -> list[str]:
         """Return the names of the modules that peft would adapt, in the model's order.

@@ -1,56 +1,154 @@
-"""The LoRA linear layer with a leading client axis.
+"""The LoRA linear layer for K clients at once, on one frozen weight.
 
-Rows of the input belong to K clients in equal blocks: x (K b, ..., d_in). Client k's rows see W and its own factors
-A_k (r, d_in), B_k (d_out, r):   y = x W^T + s (x A_k^T) B_k^T.
+Tokens of the input belong to clients in runs: first client 0's, then client 1's. Client k's tokens see the base weight W
+and its own factors A_k (r, d_in), B_k (d_out, r):   y = x W^T + s_k (x A_k^T) B_k^T.   K = 1 is plain LoRA.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.client.quantize import dense, is_linear, shape
 from fedloom.types import ModelError
 
+Spans: TypeAlias = tuple[int, ...] | None
+"""Tokens of each client in one pass; None: in equal parts."""
 
-class _FusedLora(torch.autograd.Function):
-    """The layer as one node: the low-rank product is added in place, no float32 copy of an activation is made.
 
-    Gradients, with dy the gradient of y and u = x A^T:
-        dB = s dy^T u,   dA = s (dy B)^T x,   dx = dy W + s (dy B) A.
+def multiply(x: Tensor, factors: Tensor, spans: Spans) -> Tensor:
+    """Return each client's tokens times its factor: x (n, m), factors (K, m, p) -> (n, p)."""
+    clients = factors.shape[0]
+    if clients == 1:
+        return x @ factors[0]
+    if _even(spans):
+        return torch.bmm(x.reshape(clients, -1, x.shape[-1]), factors).flatten(0, 1)
+    out = x.new_empty(x.shape[0], factors.shape[-1])
+    for part, xk, factor in zip(out.split(spans), x.split(spans), factors, strict=True):  # type: ignore[arg-type]
+        torch.mm(xk, factor, out=part)
+    return out
+
+
+def add_product(y: Tensor, x: Tensor, factors: Tensor, spans: Spans) -> Tensor:
+    """Add `multiply(x, factors, spans)` to y (n, p), in place."""
+    clients = factors.shape[0]
+    if clients == 1:
+        return y.addmm_(x, factors[0])
+    if _even(spans):
+        y.view(clients, -1, y.shape[-1]).baddbmm_(x.reshape(clients, -1, x.shape[-1]), factors)
+        return y
+    for part, xk, factor in zip(y.split(spans), x.split(spans), factors, strict=True):  # type: ignore[arg-type]
+        part.addmm_(xk, factor)
+    return y
+
+
+def correlate(u: Tensor, x: Tensor, clients: int, spans: Spans) -> Tensor:
+    """Return each client's u^T x, summed over its tokens: u (n, m), x (n, p) -> (K, m, p)."""
+    if clients == 1:
+        return (u.mT @ x)[None]
+    if _even(spans):
+        return torch.bmm(u.reshape(clients, -1, u.shape[-1]).mT, x.reshape(clients, -1, x.shape[-1]))
+    return torch.stack([uk.mT @ xk for uk, xk in zip(u.split(spans), x.split(spans), strict=True)])  # type: ignore[arg-type]
+
+
+def _even(spans: Spans) -> bool:
+    return spans is None or min(spans) == max(spans)
+
+
+class _Fused(torch.autograd.Function):
+    """Layers that share an input as one node: low-rank products are added in place, no float32 copy of an activation.
+
+    With dy_g the gradient of layer g's y_g and u_g = x A_g^T (the A_g of all layers are one factor):
+        dB_g = s dy_g^T u_g,   dA_g = s (dy_g B_g)^T x,   dx = sum_g dy_g W_g + s (dy_g B_g) A_g.
+    The weight is read again in the backward pass, so a quantised one exists densely for a moment only.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:  # noqa: PLR0917, PLR0913
-        # x (K n, d_in), a (K, r, d_in), b (K, d_out, r)
-        clients = a.shape[0]
-        a_low, b_low = a.to(x.dtype), (b * scale).to(x.dtype)
-        xk = x.view(clients, -1, x.shape[-1])
-        u = torch.bmm(xk, a_low.mT)  # (K, n, r)
-        y = functional.linear(x, weight, bias)
-        y.view(clients, -1, y.shape[-1]).baddbmm_(u, b_low.mT)
-        ctx.save_for_backward(x, weight, a_low, b_low, u)
-        ctx.scale, ctx.dtype = scale, a.dtype
-        return y
+    def forward(ctx: Any, x: Tensor, layers: Sequence[LoraLinear], *factors: Tensor) -> tuple[Tensor, ...]:
+        # x (n, d_in); factors: a (K, r, d_in), b (K, d_out, r) of each layer
+        spans = layers[0].spans.tokens
+        a_low = torch.cat([a.to(x.dtype) for a in factors[::2]], 1) if len(layers) > 1 else factors[0].to(x.dtype)
+        b_low = [(b * layer.scale).to(x.dtype) for layer, b in zip(layers, factors[1::2], strict=True)]
+        u = multiply(x, a_low.mT, spans)  # (n, g r)
+        outs = []
+        for layer, b, ug in zip(layers, b_low, _columns(u, factors), strict=True):
+            y = functional.linear(x, layer.weight(), layer.base.bias)  # type: ignore[arg-type]
+            outs.append(add_product(y, ug, b.mT, spans))
+        ctx.save_for_backward(x, u, a_low, *b_low)
+        ctx.layers, ctx.spans, ctx.dtype = layers, spans, factors[0].dtype
+        ctx.ranks = [a.shape[1] for a in factors[::2]]
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        x, weight, a_low, b_low, u = ctx.saved_tensors
-        clients = a_low.shape[0]
-        dy = dy.contiguous()
-        dyk, xk = dy.view(clients, -1, dy.shape[-1]), x.view(clients, -1, x.shape[-1])
-        du = torch.bmm(dyk, b_low)  # (K, n, r), already times s
-        da = torch.bmm(du.mT, xk).to(ctx.dtype) if ctx.needs_input_grad[3] else None
-        # u^T dy, transposed after: the CPU's kernels are twice as fast on this shape
-        db = torch.bmm(u.mT, dyk).mT.to(ctx.dtype) * ctx.scale if ctx.needs_input_grad[4] else None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        x, u, a_low, *b_low = ctx.saved_tensors
+        clients, grads = a_low.shape[0], []
+        dys = tuple(dy.contiguous() for dy in dys)
+        dus = [multiply(dy, b, ctx.spans) for dy, b in zip(dys, b_low, strict=True)]  # (n, r) each, already times s
+        du = torch.cat(dus, 1) if len(dus) > 1 else dus[0]
+        da = correlate(du, x, clients, ctx.spans)
+        for layer, dy, ug, dag in zip(ctx.layers, dys, u.split(ctx.ranks, 1), da.split(ctx.ranks, 1), strict=True):
+            # u^T dy, transposed after: the CPU's kernels are twice as fast on this shape
+            db = correlate(ug, dy, clients, ctx.spans).mT.to(ctx.dtype) * layer.scale
+            grads += [dag.to(ctx.dtype), db]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx.view(clients, -1, dx.shape[-1]).baddbmm_(du, a_low)
-        return dx, None, None, da, db, None
+            dx = dys[0] @ ctx.layers[0].weight()
+            for layer, dy in zip(ctx.layers[1:], dys[1:], strict=True):
+                dx.addmm_(dy, layer.weight())
+            add_product(dx, du, a_low, ctx.spans)
+        return dx, None, *grads
+
+
+def _columns(u: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return u.split([a.shape[1] for a in factors[::2]], 1)
+
+
+@dataclass(slots=True)
+class Owners:
+    """Which tokens of the pass belong to which client; shared by all layers of a model."""
+
+    tokens: Spans = None
+
+
+@dataclass(slots=True)
+class Siblings:
+    """Layers that the model calls one after another with the same input: the first call computes all of them."""
+
+    layers: tuple[LoraLinear, ...]
+    _input: Tensor | None = None
+    _outs: dict[int, Tensor] | None = None
+
+    def call(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """Return the layer's output for x, which is (..., d_in)."""
+        if self._outs is not None and x is self._input and id(layer) in self._outs:
+            out = self._outs.pop(id(layer))
+            if not self._outs:
+                self._input = self._outs = None
+            return out
+        outs = fused(x, self.layers)
+        self._outs = {id(one): out for one, out in zip(self.layers, outs, strict=True)}
+        out = self._outs.pop(id(layer))
+        self._input = x
+        return out
+
+    def forget(self) -> None:
+        """Let go of outputs that nobody asked for."""
+        self._input = self._outs = None
+
+
+def fused(x: Tensor, layers: Sequence[LoraLinear]) -> list[Tensor]:
+    """Return the output of each layer for the same x (..., d_in), as one node of the graph."""
+    factors = [factor for layer in layers for factor in (layer.a, layer.b)]
+    flat = x.reshape(-1, x.shape[-1])
+    outs = _Fused.apply(flat, tuple(layers), *factors)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outs]
 
 
 class LoraLinear(nn.Module):
@@ -58,74 +156,70 @@ class LoraLinear(nn.Module):
 
     Attributes:
         base: the layer that was replaced.
-        lora_A, lora_B: (K, r, d_in) and (K, d_out, r).
+        a, b: (K, r, d_in) and (K, d_out, r), set by `Attached.load`; a smaller rank is padded with zeros.
+        scale: s, or (K, 1, 1) of them where clients have different ranks.
         enabled: False computes the base alone.
         streams: one generator a client while training with dropout; empty means no dropout.
+        siblings: the layers that are computed together with this one; None: it stands alone.
     """
 
-    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float, reference: bool) -> None:
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, base: nn.Module, r: int, dropout: float, reference: bool, owners: Owners) -> None:
         super().__init__()
-        self.base, self.r, self.scale, self.p = base, r, scale, dropout
-        self.transposed = isinstance(base, Conv1D)
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        self.d_out, self.d_in = reversed(weight.shape) if self.transposed else weight.shape
-        self.fused = not reference and type(base) is nn.Linear
-        self.exact = reference
-        self.enabled = True
+        self.base, self.r, self.p, self.exact, self.spans = base, r, dropout, reference, owners
+        self.d_out, self.d_in = reversed(base.weight.shape) if isinstance(base, Conv1D) else shape(base)
+        self.scale: float | Tensor = 1.0
+        self.enabled = False
         self.streams: tuple[torch.Generator, ...] = ()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.zeros(1, r, self.d_in, dtype=dtype, device=weight.device), requires_grad=False)
-        self.lora_B = nn.Parameter(
-            torch.zeros(1, self.d_out, r, dtype=dtype, device=weight.device), requires_grad=False
-        )
+        self.siblings: Siblings | None = None
 
     @staticmethod
     def check(name: str, module: nn.Module) -> None:
         """Raise ModelError unless a LoRA layer can stand for `module`."""
-        if not isinstance(module, nn.Linear | Conv1D):
+        if not (is_linear(module) or isinstance(module, Conv1D)):
             raise ModelError(
                 f"adapter.targets: {name} is a {type(module).__name__}; LoRA here adapts linear layers only"
             )
 
-    def load(self, a: Tensor, b: Tensor) -> None:
-        """Set the factors of K clients: a (K, r, d_in), b (K, d_out, r); copies are made in at least float32."""
-        like = self.lora_A
-        self.lora_A = nn.Parameter(a.to(like.device, like.dtype, copy=True))
-        self.lora_B = nn.Parameter(b.to(like.device, like.dtype, copy=True))
+    def weight(self) -> Tensor:
+        """Return the frozen weight as (d_out, d_in)."""
+        return self.base.weight.T if isinstance(self.base, Conv1D) else dense(self.base)
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+    def delta(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """Return s B A in the layout of the base weight, for one client: a (r, d_in), b (d_out, r)."""
-        product = self.scale * (b @ a)
-        return product.T if self.transposed else product
+        product = scale * (b @ a)
+        return product.T if isinstance(self.base, Conv1D) else product
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (K b, ..., d_in) to (K b, ..., d_out)."""
+        """Map (..., d_in) to (..., d_out)."""
         if not self.enabled:
             return self.base(x)  # type: ignore[no-any-return]
         dropping = bool(self.streams) and self.p > 0
-        if self.fused and not dropping:
-            flat = x.reshape(-1, x.shape[-1])
-            y = _FusedLora.apply(flat, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
-            return y.view(*x.shape[:-1], self.d_out)  # type: ignore[no-any-return]
-        return self._plain(x, dropping)
+        if self.exact or dropping:
+            return self._plain(x, dropping)
+        if self.siblings is not None:
+            return self.siblings.call(self, x)
+        return fused(x, (self,))[0]
 
     def _plain(self, x: Tensor, dropping: bool) -> Tensor:
         y = self.base(x)
         # the reference path computes as peft does: activations rise to the factors' dtype
-        dtype = self.lora_A.dtype if self.exact else x.dtype
-        low = x.to(dtype)
-        if dropping:
-            low = low * self._keep(x, dtype)
-        low = low.reshape(self.lora_A.shape[0], -1, self.d_in)
-        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        if a.shape[0] == 1:
-            low = functional.linear(functional.linear(low[0], a[0]), b[0])
-        else:
-            low = torch.bmm(torch.bmm(low, a.mT), b.mT)
-        return (y + (low * self.scale).view(y.shape)).to(y.dtype)  # type: ignore[no-any-return]
+        dtype = self.a.dtype if self.exact else x.dtype
+        low = x.reshape(-1, self.d_in).to(dtype)
+        parts = low.split(self.spans.tokens or len(low) // len(self.a))
+        outs = []
+        for k, part in enumerate(parts):
+            if dropping:
+                part = part * self._keep(part, self.streams[k])
+            outs.append(functional.linear(functional.linear(part, self.a[k].to(dtype)), self.b[k].to(dtype)) * self._scale(k))
+        low = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return (y + low.view(y.shape)).to(y.dtype)  # type: ignore[no-any-return]
 
-    def _keep(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Draw the dropout mask of each client's rows from its own stream, scaled by 1 / (1 - p)."""
-        rows = x.shape[0] // len(self.streams)
-        masks = [torch.rand((rows, *x.shape[1:]), generator=stream) >= self.p for stream in self.streams]
-        return torch.cat(masks).to(x.device, dtype) / (1 - self.p)
+    def _scale(self, k: int) -> float | Tensor:
+        return self.scale[k] if isinstance(self.scale, Tensor) else self.scale
+
+    def _keep(self, x: Tensor, stream: torch.Generator) -> Tensor:
+        """Draw the dropout mask of one client's tokens from its own stream, scaled by 1 / (1 - p)."""
+        return (torch.rand(x.shape, generator=stream) >= self.p).to(x.device, x.dtype) / (1 - self.p)

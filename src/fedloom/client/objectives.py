@@ -1,9 +1,8 @@
-"""Objectives: what a client minimises, and the batches it is computed on."""
+"""Objectives: what a client minimises."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,51 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fedloom.client.models import hidden_states, logits
-from fedloom.data.encode import Example
+from fedloom.client.attention import states
+from fedloom.client.batches import Batch
+from fedloom.client.models import logits
 from fedloom.parts import Part
 
-LOGIT_ROWS = 256
-"""Label positions whose logits exist at a time: 256 x 49,152 float32 logits are 50 MB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Right-padded examples and where their labels are.
-
-    With causal attention a token never sees what is to its right, so right padding needs no mask.
-
-    Attributes:
-        ids: (b, t) token ids.  lengths: (b,) real tokens of each row.
-        where: (n, 2) row and position of the token *before* each label.  labels: (n,) token ids.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    where: Tensor
-    labels: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Real input tokens, padding aside."""
-        return int(self.lengths.sum())
-
-
-def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Pad examples to the longest of them.
-
-    Args:
-        examples: encoded rows.
-        device: where the batch is needed.
-    """
-    lengths = torch.tensor([len(one.ids) for one in examples])
-    ids = torch.zeros(len(examples), int(lengths.max()), dtype=torch.long)
-    train = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, one in enumerate(examples):
-        ids[row, : len(one.ids)], train[row, : len(one.ids)] = one.ids, one.train
-    where = train[:, 1:].nonzero()  # position p predicts token p + 1
-    labels = ids[where[:, 0], where[:, 1] + 1]
-    return Batch(ids.to(device), lengths.to(device), where.to(device), labels.to(device))
+LOGIT_ROWS = 128
+"""Label positions whose logits exist at a time: 128 x 49,152 float32 logits are 25 MB."""
 
 
 def nll(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
@@ -73,21 +34,28 @@ def nll(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -
 
 
 class _ChunkedNll(torch.autograd.Function):
-    """Row i of the losses depends on row i of `hidden` alone, so its gradient is made while its logits exist."""
+    """Row i of the losses depends on row i of `hidden` alone, so its gradient is made while its logits exist.
+
+    The gradient of -log p_y in the logits is p - e_y: made in place of the log-probabilities.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grads = torch.empty_like(hidden) if wanted else None
         for first in range(0, len(hidden), LOGIT_ROWS):
             rows = slice(first, first + LOGIT_ROWS)
             with torch.set_grad_enabled(wanted):
                 part = hidden[rows].detach().requires_grad_(wanted)
-                loss = functional.cross_entropy(logits_of(part).to(losses.dtype), labels[rows], reduction="none")
-            losses[rows] = loss.detach()
+                out = logits_of(part)
+            logs = torch.log_softmax(out.detach().to(wide), -1)
+            chosen = labels[rows, None]
+            losses[rows] = -logs.gather(1, chosen)[:, 0]
             if grads is not None:
-                (grads[rows],) = torch.autograd.grad(loss, part, torch.ones_like(loss))
+                slope = logs.exp_().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide))
+                (grads[rows],) = torch.autograd.grad(out, part, slope.to(out.dtype))
         ctx.grads = grads
         return losses
 
@@ -97,28 +65,27 @@ class _ChunkedNll(torch.autograd.Function):
 
 
 class Objective(Part, family=True):
-    """A loss that sums over a batch, and the count that it is divided by."""
+    """A loss that sums over each client's rows, and the counts that the sums are divided by."""
 
-    def loss(self, model: PreTrainedModel, batch: Batch, reference: bool = False) -> Tensor:
-        """Return the loss summed over the batch, a scalar in at least float32."""
+    def losses(self, model: PreTrainedModel, batch: Batch, reference: bool = False) -> Tensor:
+        """Return (K,) losses, each summed over one client's rows of the batch, in at least float32."""
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> int:
-        """Return what the summed loss of a step is divided by: additive over batches."""
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        """Return the K numbers that a step's summed losses are divided by: additive over batches."""
         raise NotImplementedError
 
 
 class Sft(Objective, name="sft"):
     """Supervised fine-tuning: -log p of every assistant token, its end token included."""
 
-    def loss(self, model: PreTrainedModel, batch: Batch, reference: bool = False) -> Tensor:
-        row, position = batch.where.unbind(1)
+    def losses(self, model: PreTrainedModel, batch: Batch, reference: bool = False) -> Tensor:
         if reference:
-            full = model(input_ids=batch.ids, use_cache=False).logits[row, position]
+            full = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.at]
             full = full.to(torch.promote_types(full.dtype, torch.float32))
-            return functional.cross_entropy(full, batch.labels, reduction="sum")
-        hidden = hidden_states(model, batch.ids)[row, position]
-        return nll(lambda h: logits(model, h), hidden, batch.labels).sum()
+            return batch.by_client(functional.cross_entropy(full, batch.labels, reduction="none"))
+        hidden = states(model, batch)[batch.at]
+        return batch.by_client(nll(lambda h: logits(model, h), hidden, batch.labels))
 
-    def count(self, batch: Batch) -> int:
-        return len(batch.labels)
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        return batch.terms

@@ -1,30 +1,23 @@
-"""The local training loop: rows in, steps, weights out."""
+"""What a client does in a round: which rows, in which steps, and where."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom import seeds
 from fedloom.client.adapters import Attached
-from fedloom.client.objectives import Batch, Objective, collate
+from fedloom.client.objectives import Objective
 from fedloom.client.optimizers import AdamW, Constant, Optimizer, Schedule
 from fedloom.data.encode import Encoded, Example
 from fedloom.parts import Record
-from fedloom.types import Bundle, Correction, Fit, Fitted, Tensors
-
-SCORE_TOKENS = 4096
-"""Padded tokens of one forward pass without gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,13 @@ class Trainer(Record):
     clip_norm: PositiveFloat | None = 1.0
     """Largest joint gradient norm of a step; null: no clipping."""
     micro_tokens: Annotated[int, Field(ge=1)] = 1024
-    """Padded tokens of one forward pass: a step's rows are cut into passes of at most this size (at least one row)."""
+    """Tokens of one forward pass, padding included: a step's rows are cut into passes of at most this size (at least
+    one row)."""
+    packing: bool | Literal["auto"] = "auto"
+    """Rows side by side without padding, their common beginning computed once; auto: on CPUs, for models that can."""
+    checkpointing: bool | Literal["auto"] = "auto"
+    """Keep only what enters each decoder layer and compute the rest again when it is needed: less memory, a third more
+    work; auto: where a pass would not fit otherwise."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +101,7 @@ class Bench:
 
     Attributes:
         schedule_rounds: the recipe's rounds, which the learning-rate schedule spans.
+        reference: plain arithmetic, one client at a time, rows as they were drawn.
         on_step: told of every optimiser step: client, tokens, mean loss.
     """
 
@@ -113,6 +113,11 @@ class Bench:
     schedule_rounds: int
     reference: bool = False
     on_step: Callable[[str, int, float], None] = lambda client, tokens, loss: None
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are packed: never where dropout would be the same for rows that share a beginning."""
+        return self.trainer.packing is True and not self.reference
 
 
 def row_stream(rows: int, seed: int, client: str, first: int) -> Iterator[int]:
@@ -161,128 +166,3 @@ def _steps_of_tokens(trainer: Trainer, lengths: Sequence[int], seed: int, round_
         if total + tokens / 2 > start:
             steps.append(step)
         total += tokens
-
-
-def micro_batches(step: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Sort a step's rows by length and cut them into passes of at most `limit` padded tokens (at least one row)."""
-    passes: list[list[int]] = []
-    for row in sorted(step, key=lambda r: lengths[r]):
-        if passes and (len(passes[-1]) + 1) * lengths[row] <= limit:
-            passes[-1].append(row)
-        else:
-            passes.append([row])
-    return passes
-
-
-def fit(bench: Bench, rows: Rows, effect: Fit, round_: int, client: str) -> Fitted:
-    """Train one client's adapter on its rows, as `Fit` says.
-
-    Args:
-        bench: the resident model and what to do on it.
-        rows: the client's training examples.
-        effect: start weights, penalty, correction and the trainable names.
-        round_: the round, from 0.  client: the client's name.
-
-    Returns:
-        The trained weights on the CPU. A non-finite loss ends the training at once and stays in `losses`, so that
-        the update can be rejected.
-    """
-    trainer, lengths = bench.trainer, rows.lengths()
-    params = bench.attached.load([effect.start])
-    moving = {n: p for n, p in params.items() if effect.trainable is None or effect.trainable(n)}
-    for name, p in params.items():
-        p.requires_grad_(name in moving)
-    lr = trainer.lr * trainer.schedule.factor(round_, bench.schedule_rounds)
-    optimizer = trainer.optimizer.build(moving.values(), lr)
-    streams = [seeds.generator(bench.seed, round_, client, "dropout")]
-    losses: list[float] = []
-    taken = examples = tokens = 0
-    with bench.attached.dropout(streams), torch.enable_grad():
-        for step in step_rows(trainer, lengths, bench.seed, round_, client):
-            losses.append(_backward(bench, _batches(bench, rows, lengths, step), effect.penalty, params))
-            if not math.isfinite(losses[-1]):
-                break
-            _step(optimizer, moving, trainer.clip_norm, effect.correct, lr)
-            size = sum(lengths[row] for row in step)
-            taken, examples, tokens = taken + 1, examples + len(step), tokens + size
-            bench.on_step(client, size, losses[-1])
-    final = {name: p.detach()[0].cpu().clone() for name, p in params.items()}
-    for p in params.values():
-        p.requires_grad_(False)
-        p.grad = None
-    return Fitted(final, taken, lr, examples, tokens, tuple(losses))
-
-
-@torch.inference_mode()
-def score(bench: Bench, rows: Rows, params: Tensors | None) -> Bundle:
-    """Return the loss sums of an adapter (None: of the base alone) on some rows.
-
-    Returns:
-        A bundle of scalars: `nll` (nats), `tokens` (trained ones), `bytes` (of the answers), `examples`. Sums of
-        disjoint sets of rows add up to the sums of their union.
-    """
-    if params is not None:
-        bench.attached.load([params])
-    lengths, device, nll, count = rows.lengths(), bench.model.device, 0.0, 0
-    with nullcontext() if params is not None else bench.attached.off():
-        for one in micro_batches(range(len(rows)), lengths, SCORE_TOKENS):
-            batch = collate([rows[row] for row in one], device)
-            nll += float(bench.objective.loss(bench.model, batch, bench.reference))
-            count += bench.objective.count(batch)
-    sums = {"nll": nll, "tokens": count, "bytes": rows.answer_bytes(), "examples": len(rows)}
-    return Bundle(scalars={name: float(value) for name, value in sums.items()})
-
-
-def _batches(bench: Bench, rows: Rows, lengths: Sequence[int], step: Sequence[int]) -> list[Batch]:
-    """Cut one step's rows into forward passes; the reference keeps them in the order drawn, `batch` rows a pass."""
-    size = bench.trainer.batch
-    if bench.reference:
-        passes = [list(step[i : i + size]) for i in range(0, len(step), size)]
-    else:
-        passes = micro_batches(step, lengths, bench.trainer.micro_tokens)
-    return [collate([rows[row] for row in one], bench.model.device) for one in passes]
-
-
-def _backward(
-    bench: Bench,
-    batches: Sequence[Batch],
-    penalty: Callable[[Tensors], Tensor] | None,
-    params: dict[str, nn.Parameter],
-) -> float:
-    """Accumulate the gradient of the step's mean loss (over all its labels) plus the penalty; return the mean loss."""
-    count = sum(bench.objective.count(batch) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = bench.objective.loss(bench.model, batch, bench.reference)
-        (loss / count).backward()
-        total += float(loss.detach())
-    if penalty is not None:
-        penalty({name: p[0] for name, p in params.items()}).backward()
-    return total / count
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    moving: dict[str, nn.Parameter],
-    clip_norm: float | None,
-    correct: Correction | None,
-    lr: float,
-) -> None:
-    """Correct, clip and step; then clear the gradients."""
-    if correct is not None and correct.where == "gradient":
-        for name in moving.keys() & correct.tensors.keys():
-            _grad(moving[name]).add_(correct.tensors[name].to(moving[name].device))
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(moving.values(), clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if correct is not None and correct.where == "weights":
-        with torch.no_grad():
-            for name in moving.keys() & correct.tensors.keys():
-                moving[name].sub_(correct.tensors[name].to(moving[name].device), alpha=lr)
-
-
-def _grad(p: nn.Parameter) -> Tensor:
-    if p.grad is None:
-        p.grad = torch.zeros_like(p)
-    return p.grad

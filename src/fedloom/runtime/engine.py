@@ -1,4 +1,7 @@
-"""The sequential engine: drives the coroutines of an algorithm and performs their effects on one resident model."""
+"""The engine: drives the coroutines of an algorithm and performs their effects on one resident model.
+
+Several clients' coroutines are driven in step, and what they ask to fit at the same time is trained in one pass.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fedloom import seeds, tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
 from fedloom.checkpoint import MemoryStore
-from fedloom.client import generate, trainer
+from fedloom.client import fit, generate
 from fedloom.client.trainer import Bench, Rows
 from fedloom.data.encode import Encoded
 from fedloom.data.splits import ClientData
@@ -25,6 +28,7 @@ from fedloom.types import (
     ClientUpdate,
     Effect,
     Fit,
+    Fitted,
     Generate,
     Memory,
     Message,
@@ -66,6 +70,45 @@ class Stage:
     sink: Sink
 
 
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What goes to one client of a cohort: the encoded broadcast (empty: nothing is sent), and its own memory."""
+
+    client: str
+    message: bytes
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What comes back: the update as it was sent, the memory if it changed, and what both ways cost.
+
+    Attributes:
+        message: the encoded update (empty: nothing is sent).  weight, metrics: of the update.
+        fit_seconds: this client's share of the time spent in `Fit` effects.
+    """
+
+    client: str
+    weight: float
+    message: bytes
+    metrics: Mapping[str, float]
+    memory: Memory | None
+    bytes_down: int
+    fit_seconds: float
+
+
+class Crew(Protocol):
+    """Who trains the cohort."""
+
+    def replies(self, round_: int, errands: Iterator[Errand]) -> Iterator[Reply]:
+        """Yield each client's reply, in the order of the errands."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is held; the crew is not used again."""
+        ...
+
+
 @dataclass(slots=True)
 class _Tally:
     """What one round has cost so far."""
@@ -78,24 +121,24 @@ class _Tally:
 
 
 class Engine:
-    """Runs clients one after another in this process."""
+    """Runs rounds, and performs what clients and the server ask for in this process."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self._fit_seconds = 0.0
 
-    def round(self, state: ServerState, cohort: Sequence[str]) -> tuple[ServerState, RoundReport]:
+    def round(self, crew: Crew, state: ServerState, cohort: Sequence[str]) -> tuple[ServerState, RoundReport]:
         """Run one round.
 
         Args:
-            state: before the round.  cohort: the clients that take part, in client order.
+            crew: who trains.  state: before the round.  cohort: the clients that take part, in client order.
 
         Raises:
             Stopped: no client returned a finite update.
         """
         stage, tally, began = self.stage, _Tally(), time.perf_counter()
         stage.sink.on(Cohort(state.round, cohort))
-        updates = self._updates(state, cohort, tally)
+        updates = self._updates(crew, state, cohort, tally)
         first = next(updates, None)
         if first is None:
             raise Stopped(
@@ -108,6 +151,25 @@ class Engine:
             combined = transform.finish(combined, self._stream(state.round, None, f"finish:{i}"))
         after = self.drive(stage.algorithm.step(stage.server, state, combined), None, state.round)
         return after, self._report(after, tally, time.perf_counter() - began)
+
+    def train(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
+        """Run some clients' halves of one round, side by side."""
+        stage, before = self.stage, self._fit_seconds
+        clients = [self.client(errand.client, round_, errand.memory) for errand in errands]
+        messages = [_opened(errand.message) for errand in errands]
+        steps = [stage.algorithm.train(*both) for both in zip(clients, messages, strict=True)]
+        done = self.drive_all(list(zip([c.name for c in clients], steps, strict=True)), round_)
+        seconds = (self._fit_seconds - before) / len(errands)
+        replies = []
+        for client, errand, (update, memory) in zip(clients, errands, done, strict=True):
+            for i, transform in enumerate(stage.transforms):
+                stream = self._stream(round_, client.name, f"transform:{i}")
+                update, memory = transform.encode(update, memory, stream)
+            changed = None if memory is client.memory else memory
+            sent = _sealed(update.message)
+            down = len(errand.message)
+            replies.append(Reply(client.name, update.weight, sent, update.metrics, changed, down, seconds))
+        return replies
 
     def client(self, name: str, round_: int, memory: Memory | None = None) -> Client:
         """Return what `name` sees in round `round_`."""
@@ -123,26 +185,50 @@ class Engine:
 
     def drive(self, steps: Steps[T], client: str | None, round_: int) -> T:
         """Run a coroutine to its end, performing each effect that it yields."""
-        answer: Any = None
-        try:
-            while True:
-                answer = self.perform(steps.send(answer), client, round_)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+        return self.drive_all([(client, steps)], round_)[0]
 
-    def perform(self, effect: Effect, client: str | None, round_: int) -> Any:
-        """Perform one effect on the rows of `client`, or on the server's public rows."""
-        bench = self.stage.bench
+    def drive_all(self, lanes: Sequence[tuple[str | None, Steps[T]]], round_: int) -> list[T]:
+        """Run several clients' coroutines in step: what they yield at the same time is performed together."""
+        answers: list[Any] = [None] * len(lanes)
+        results: dict[int, T] = {}
+        while len(results) < len(lanes):
+            asked: dict[int, Effect] = {}
+            for i, (_, steps) in enumerate(lanes):
+                if i in results:
+                    continue
+                try:
+                    asked[i] = steps.send(answers[i])
+                except StopIteration as stop:
+                    results[i] = stop.value
+            fits = {i: effect for i, effect in asked.items() if isinstance(effect, Fit)}
+            for i, fitted in self._fit({i: lanes[i][0] for i in fits}, fits, round_).items():
+                answers[i] = fitted
+            for i, effect in asked.items():
+                if i not in fits:
+                    answers[i] = self.perform(effect, lanes[i][0])
+        return [results[i] for i in range(len(lanes))]
+
+    def perform(self, effect: Effect, client: str | None) -> Any:
+        """Perform an effect other than `Fit` on the rows of `client`, or on the server's public rows."""
         match effect:
-            case Fit():
-                began = time.perf_counter()
-                fitted = trainer.fit(bench, self.rows(client, "train"), effect, round_, client or "server")
-                self._fit_seconds += time.perf_counter() - began
-                return fitted
             case Score():
-                return trainer.score(bench, self.rows(client, effect.split), effect.params)
+                return fit.score(self.stage.bench, self.rows(client, effect.split), effect.params)
             case Generate():
                 return self.generate(effect.params, effect.prompts, effect.max_new_tokens)
+        raise TypeError(f"{type(effect).__name__} is no effect that is performed alone")
+
+    def _fit(self, who: Mapping[int, str | None], effects: Mapping[int, Fit], round_: int) -> dict[int, Fitted]:
+        """Train together what can be: all that move the same names by the same order of derivatives."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for i, effect in effects.items():
+            moving = tuple(n for n in effect.start if effect.trainable is None or effect.trainable(n))
+            groups.setdefault((effect.order, moving), []).append(i)
+        began, done = time.perf_counter(), {}
+        for group in groups.values():
+            jobs = [fit.Job(who[i] or "server", round_, self.rows(who[i], "train"), effects[i]) for i in group]
+            done.update(zip(group, fit.fit(self.stage.bench, jobs), strict=True))
+        self._fit_seconds += time.perf_counter() - began
+        return done
 
     def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Return greedy answers of an adapter (None: of the base alone)."""
@@ -160,37 +246,29 @@ class Engine:
         data = self.stage.clients[client]
         return Rows(self.stage.encoded, {"train": data.train, "validation": data.validation, "test": data.test}[split])
 
-    def _updates(self, state: ServerState, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientUpdate]:
-        """Train the cohort and yield the updates that are finite, as the server decodes them."""
-        before = self._fit_seconds
-        for name in cohort:
-            update, memory = self._train(state, name, tally)
-            tally.fit_seconds = self._fit_seconds - before
-            tally.metrics[name] = update.metrics
-            self.stage.sink.on(Trained(name, update.metrics))
-            if not _finite(update, memory):
-                tally.rejected.append(name)
+    def _updates(
+        self, crew: Crew, state: ServerState, cohort: Sequence[str], tally: _Tally
+    ) -> Iterator[ClientUpdate]:
+        """Have the cohort trained and yield the updates that are finite, as the server decodes them."""
+        stage = self.stage
+        errands = (
+            Errand(name, _sealed(stage.algorithm.broadcast(state, name)), stage.memories.load(name)) for name in cohort
+        )
+        for reply in crew.replies(state.round, errands):
+            tally.fit_seconds += reply.fit_seconds
+            tally.bytes_down += reply.bytes_down
+            tally.bytes_up += len(reply.message)
+            tally.metrics[reply.client] = reply.metrics
+            stage.sink.on(Trained(reply.client, reply.metrics))
+            update = ClientUpdate(reply.client, reply.weight, _opened(reply.message), reply.metrics)
+            if not _finite(update, reply.memory):
+                tally.rejected.append(reply.client)
                 continue
-            if memory is not None:
-                self.stage.memories.save(name, state.round + 1, memory)
-            for transform in reversed(self.stage.transforms):
+            if reply.memory is not None:
+                stage.memories.save(reply.client, state.round + 1, reply.memory)
+            for transform in reversed(stage.transforms):
                 update = transform.decode(update)
             yield update
-
-    def _train(self, state: ServerState, name: str, tally: _Tally) -> tuple[ClientUpdate, Memory | None]:
-        """Return one client's update as it arrives, and its memory if that changed."""
-        stage = self.stage
-        sent = stage.algorithm.broadcast(state, name)
-        message, size = _travel(sent)
-        tally.bytes_down += size
-        client = self.client(name, state.round)
-        update, memory = self.drive(stage.algorithm.train(client, message), name, state.round)
-        for i, transform in enumerate(stage.transforms):
-            update, memory = transform.encode(update, memory, self._stream(state.round, name, f"transform:{i}"))
-        arrived, size = _travel(update.message)
-        tally.bytes_up += size
-        update = ClientUpdate(update.client, update.weight, arrived, update.metrics)
-        return update, None if memory is client.memory else memory
 
     def _report(self, after: ServerState, tally: _Tally, seconds: float) -> RoundReport:
         valid = [m for name, m in tally.metrics.items() if name not in tally.rejected]
@@ -213,12 +291,13 @@ class Engine:
         return seeds.generator(self.stage.bench.seed, round_, client, purpose)
 
 
-def _travel(message: Message) -> tuple[Message, int]:
-    """Encode a message and decode it at the other end; return it with its bytes (an empty one is never sent)."""
-    if not message.groups:
-        return message, 0
-    data = codec.encode(message.groups)
-    return Message(codec.decode(data)), len(data)
+def _sealed(message: Message) -> bytes:
+    """Encode a message; an empty one is never sent."""
+    return codec.encode(message.groups) if message.groups else b""
+
+
+def _opened(data: bytes) -> Message:
+    return Message(codec.decode(data)) if data else Message()
 
 
 def _finite(update: ClientUpdate, memory: Memory | None) -> bool:

@@ -1,17 +1,35 @@
-"""The local runtime: all clients in this process, one after another, on one resident base model."""
+"""The local runtime: all clients in this process, on one resident base model."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from fedloom.runtime.base import Runtime
+from fedloom.runtime.engine import Crew, Engine, Errand, Reply
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 
 class LocalRuntime(Runtime, name="local"):
     """One process, one resident base model."""
 
-    cohort: Literal["auto", 1] = "auto"
-    """Clients trained in one pass; auto: 1."""
+    def crew(self, engine: Engine, recipe: Recipe) -> Crew:
+        return LocalCrew(engine, 1 if self.cohort == "auto" else self.cohort)
 
-    def resolved(self) -> LocalRuntime:
-        return self.model_copy(update={"cohort": 1})
+
+class LocalCrew:
+    """Trains a cohort on the engine's model, `size` clients in one pass."""
+
+    def __init__(self, engine: Engine, size: int) -> None:
+        self.engine, self.size = engine, size
+
+    def replies(self, round_: int, errands: Iterator[Errand]) -> Iterator[Reply]:
+        """Yield each client's reply, in the order of the errands."""
+        while some := list(islice(errands, self.size)):
+            yield from self.engine.train(round_, some)
+
+    def close(self) -> None:
+        """There is nothing to let go of."""

@@ -1,0 +1,189 @@
+"""Batches: the rows of one or several clients side by side, in one forward pass.
+
+Two layouts hold the same rows. *Padded*: a row of the batch each, padded on the right; a causal model never sees the
+padding. *Packed*: all tokens in one row without any padding, cut into pieces that attention keeps apart, where a
+beginning that all rows of a client share (the system prompt) is computed once, for it has the same values in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedloom.data.encode import Example
+
+SHARED_TOKENS = 8
+"""A shared beginning shorter than this is not worth a piece of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of tokens that sees itself, causally, and all of a piece before it.
+
+    Attributes:
+        start, length: where its tokens are in the packed row.
+        before: (start, length) of the shared beginning that it follows; (0, 0) where there is none.
+    """
+
+    start: int
+    length: int
+    before: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """How a packed row is cut, and the masks that its layers share.
+
+    Attributes:
+        pieces: disjoint and complete.
+    """
+
+    pieces: tuple[Piece, ...]
+    _masks: dict[object, Tensor] = field(default_factory=dict)
+
+    def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor:
+        """Return what is added to a piece's scores: (length, before + length), 0 where it looks, else -inf.
+
+        Args:
+            window: a token sees itself and at most window - 1 tokens before it; None: all.
+            like: gives dtype and device.
+        """
+        before = piece.before[1]
+        key = (piece.length, before, window)
+        if key not in self._masks:
+            ones = torch.ones(piece.length, before + piece.length, dtype=torch.bool, device=like.device)
+            seen = ones.tril(before)
+            if window is not None:
+                seen &= ones.triu(before - window + 1)
+            self._masks[key] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                ~seen, float("-inf")
+            )
+        return self._masks[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one forward pass, client after client.
+
+    Attributes:
+        ids: (b, t) token ids; packed: (1, t).
+        at: (n,) flat position (row x t + column) of the token *before* each label.  labels: (n,) token ids.
+        spans: flat positions that each client owns, padding included; they sum to b x t.
+        terms: labels of each client; they sum to n.
+        positions: (1, t) position of each packed token in its row.  pieces: how a packed row is cut; None: padded.
+    """
+
+    ids: Tensor
+    at: Tensor
+    labels: Tensor
+    spans: tuple[int, ...]
+    terms: tuple[int, ...]
+    positions: Tensor | None = None
+    pieces: Pieces | None = None
+
+    def by_client(self, losses: Tensor) -> Tensor:
+        """Return the (K,) sums of (n,) losses over each client's labels."""
+        if len(self.terms) == 1:
+            return losses.sum()[None]
+        return torch.stack([part.sum() for part in losses.split(self.terms)])
+
+
+def collate(clients: Sequence[Sequence[Example]], device: torch.device, *, packed: bool, share: bool = True) -> Batch:
+    """Lay out the rows of some clients.
+
+    Args:
+        clients: each client's encoded rows (some clients may have none).
+        packed: which of the layouts.
+        share: compute a client's common beginning once (packed only).
+    """
+    return _packed(clients, device, share) if packed else _padded(clients, device)
+
+
+def _padded(clients: Sequence[Sequence[Example]], device: torch.device) -> Batch:
+    rows = [row for client in clients for row in client]
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    train = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)], train[i, : len(row.ids)] = row.ids, row.train
+    where = train[:, 1:].nonzero()  # position p predicts token p + 1
+    labels = ids[where[:, 0], where[:, 1] + 1]
+    at = where[:, 0] * width + where[:, 1]
+    spans = tuple(len(client) * width for client in clients)
+    terms = tuple(sum(int(row.train[1:].sum()) for row in client) for client in clients)
+    return Batch(ids.to(device), at.to(device), labels.to(device), spans, terms)
+
+
+def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: bool) -> Batch:
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    at: list[Tensor] = []
+    labels: list[Tensor] = []
+    pieces: list[Piece] = []
+    spans, terms, end = [], [], 0
+    for client in clients:
+        first, shared = end, common(client) if share else 0
+        before = (end, shared) if shared else (0, 0)
+        if shared:
+            pieces.append(Piece(end, shared))
+            ids.append(client[0].ids[:shared])
+            positions.append(torch.arange(shared))
+            end += shared
+        for row in client:
+            pieces.append(Piece(end, len(row.ids) - shared, before))
+            ids.append(row.ids[shared:])
+            positions.append(torch.arange(shared, len(row.ids)))
+            where = row.train[1:].nonzero()[:, 0]
+            at.append(torch.where(where < shared, where + before[0], where - shared + end))
+            labels.append(row.ids[where + 1])
+            end += len(row.ids) - shared
+        spans.append(end - first)
+        terms.append(sum(int(row.train[1:].sum()) for row in client))
+    return Batch(
+        torch.cat(ids)[None].to(device),
+        torch.cat(at).to(device),
+        torch.cat(labels).to(device),
+        tuple(spans),
+        tuple(terms),
+        torch.cat(positions)[None].to(device),
+        Pieces(tuple(pieces)),
+    )
+
+
+def common(rows: Sequence[Example]) -> int:
+    """Return the length of the rows' common beginning that is worth computing once; each keeps a token of its own."""
+    if len(rows) < 2:
+        return 0
+    limit = min(len(row.ids) for row in rows) - 1
+    first = rows[0].ids[:limit]
+    for row in rows[1:]:
+        same = (row.ids[: len(first)] == first).int().cumprod(0)
+        first = first[: int(same.sum())]
+    return len(first) if len(first) >= SHARED_TOKENS else 0
+
+
+def passes(steps: Sequence[Sequence[tuple[int, int]]], limit: int, *, packed: bool) -> list[list[list[int]]]:
+    """Cut the rows of one optimiser step of several clients into forward passes of at most `limit` tokens.
+
+    Args:
+        steps: each client's (row number, tokens) of this step.
+        limit: tokens of a pass, padding included; a pass has at least one row.
+        packed: whether a pass costs its rows' tokens, or rows x the longest.
+
+    Returns:
+        For each pass, each client's row numbers in it, short rows first; a client's rows stay together.
+    """
+    out: list[list[list[int]]] = []
+    width = tokens = count = 0
+    for k, step in enumerate(steps):
+        for row, length in sorted(step, key=lambda one: one[1]):
+            cost = tokens + length if packed else (count + 1) * max(width, length)
+            if not out or cost > limit:
+                out.append([[] for _ in steps])
+                width = tokens = count = 0
+            out[-1][k].append(row)
+            width, tokens, count = max(width, length), tokens + length, count + 1
+    return out
