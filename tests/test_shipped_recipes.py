@@ -60,6 +60,7 @@ def test_the_bundled_model_learns_and_peft_loads_it(tmp_path: Path) -> None:
     from fedloom.data.federation import build
 
     texts = ["rounds=1", "compare=[]", "evaluate=[loss]", "data.source.rows_per_category=8", "runtime.threads=1"]
+    texts += ["model.dtype=fp32"]  # sixteen labels: in bf16 their mean differs by 0.03 between attention kernels alone
     result = fedloom.run("demo", *texts, out=tmp_path / "r")
     loss = result.metrics["federated"]["loss"]["loss"]
     assert loss < result.metrics["base"]["loss"]["loss"] - 0.1
@@ -75,4 +76,4 @@ def test_the_bundled_model_learns_and_peft_loads_it(tmp_path: Path) -> None:
             with torch.no_grad():
                 nll += float(model(input_ids=rows[i].ids[None], labels=labels).loss) * n
             count += n
-    assert nll / count == pytest.approx(loss, abs=1e-2)
+    assert nll / count == pytest.approx(loss, abs=1e-5)

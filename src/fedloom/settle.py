@@ -78,9 +78,7 @@ def _pass_bytes(recipe: Recipe, assets: Assets, checkpointing: bool) -> int:
     batch = collate([[rows[i] for i in range(len(rows))]], model.device, packed=recipe.trainer.packing is True)
     assets.attached.load([assets.initial])
     with checkpointed(model, checkpointing):
-        kept = activation_bytes(
-            model, lambda: recipe.objective.losses(model, batch, recipe.runtime.reference)
-        )
+        kept = activation_bytes(model, lambda: recipe.objective.losses(model, batch, recipe.runtime.reference))
     tokens = batch.ids.numel()
     return int(kept * max(recipe.trainer.micro_tokens, int(lengths.max())) / tokens)
 
@@ -100,7 +98,9 @@ def _seen(assets: Assets) -> Sequence[str]:
 
 def _too_large(recipe: Recipe, assets: Assets, need: int, free: int) -> str:
     longest = int(np.diff(assets.federation.encoded.starts).max())
-    knobs = [f"trainer.micro_tokens below {recipe.trainer.micro_tokens}"] if recipe.trainer.micro_tokens > longest else []
+    knobs = (
+        [f"trainer.micro_tokens below {recipe.trainer.micro_tokens}"] if recipe.trainer.micro_tokens > longest else []
+    )
     knobs += [f"data.max_tokens below {longest} (the longest row)"]
     knobs += [] if recipe.trainer.checkpointing else ["trainer.checkpointing=true"]
     knobs += ["a smaller adapter.r", "model.quantize=nf4"]

@@ -59,7 +59,9 @@ def _both(trainer: Trainer, effects: Any = None, shared: int = 0, **changes: Any
 def _worst(one: list[Fitted], other: list[Fitted]) -> float:
     assert [f.steps for f in one] == [f.steps for f in other]
     assert [f.tokens for f in one] == [f.tokens for f in other]
-    return max(float((a.params[n] - b.params[n]).abs().max()) for a, b in zip(one, other, strict=True) for n in a.params)
+    return max(
+        float((a.params[n] - b.params[n]).abs().max()) for a, b in zip(one, other, strict=True) for n in a.params
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -97,7 +99,9 @@ def test_penalties_corrections_and_clipping_are_each_clients_own() -> None:
         start = _start(bench, k)
         direction = {n: torch.full_like(t, 0.01 * k) for n, t in start.items() if n.endswith("lora_B")}
         where: Any = ("gradient", "weights")[k % 2]
-        return Fit(start, None, lambda w: k * sum(((w[n] - start[n]) ** 2).sum() for n in w), Correction(direction, where))
+        return Fit(
+            start, None, lambda w: k * sum(((w[n] - start[n]) ** 2).sum() for n in w), Correction(direction, where)
+        )
 
     for optimizer in (AdamW(weight_decay=0.1), Sgd(momentum=0.9)):
         trainer = Trainer(steps=3, batch=2, lr=1e-2, optimizer=optimizer, clip_norm=0.05, packing=True)

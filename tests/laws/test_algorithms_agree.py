@@ -143,7 +143,7 @@ def test_frozen_weights_stay(tiny_folder: Path, tmp_path: Path) -> None:
     before = {n: p.clone() for n, p in assets.loaded.model.named_parameters() if "lora_" not in n}
     world = World(recipe, tmp_path, assets, Sink())
     state = recipe.algorithm.init(assets.initial)
-    world.engine.round(state, world.clients)
+    world.engine.round(world.crew, state, world.clients)
     for name, p in assets.loaded.model.named_parameters():
         if "lora_" not in name:
             assert torch.equal(p, before[name]), name

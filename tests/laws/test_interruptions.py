@@ -24,19 +24,19 @@ SGD = {"optimizer": "sgd", "clip_norm": None}
 
 def _cut(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     """Interrupt the next run in the middle of the round after `rounds`, once."""
-    real, seen = Engine._train, {"fired": False}
+    real, seen = Engine.train, {"fired": False}
 
-    def train(self: Engine, state: Any, name: str, tally: Any) -> Any:
-        if state.round == rounds and name == "client-2" and not seen["fired"]:
+    def train(self: Engine, round_: int, errands: Any) -> Any:
+        if round_ == rounds and errands[-1].client != "client-1" and not seen["fired"]:
             seen["fired"] = True
             raise KeyboardInterrupt
-        return real(self, state, name, tally)
+        return real(self, round_, errands)
 
-    monkeypatch.setattr(Engine, "_train", train)
+    monkeypatch.setattr(Engine, "train", train)
 
 
 @pytest.mark.parametrize(("algorithm", "trainer"), [("fedavg", {}), ("scaffold", SGD), ("local", {})])
-@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize(("rounds", "cohort"), [(0, 1), (2, 1), (2, 2)])
 def test_resumed_equals_uninterrupted(
     tiny_folder: Path,
     tmp_path: Path,
@@ -44,8 +44,10 @@ def test_resumed_equals_uninterrupted(
     algorithm: str,
     trainer: dict[str, Any],
     rounds: int,
+    cohort: int,
 ) -> None:
     changes = {"algorithm": algorithm, "trainer": trainer, "rounds": 4, "adapter": {"dropout": 0.1}}
+    changes["runtime"] = {"cohort": cohort}
     whole = run(tiny_folder, tmp_path / "a", **changes)
     _cut(monkeypatch, rounds)
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from fedloom.client.batches import Batch, collate, passes
 from fedloom.client.checkpointing import checkpointed
 from fedloom.client.stack import Stack
 from fedloom.client.trainer import Bench, Rows, step_rows
-from fedloom.types import Bundle, Correction, Fit, Fitted, Tensors
+from fedloom.types import Bundle, Fit, Fitted, Tensors
 
 SCORE_TOKENS = 4096
 """Tokens of one forward pass without gradients."""
@@ -85,9 +85,7 @@ def fit(bench: Bench, jobs: Sequence[Job]) -> list[Fitted]:
             work(bench, stack, lanes)
             for lane in lanes:
                 lane.finish_step(bench)
-    return [
-        Fitted(final[j.client], j.taken, lr, j.examples, j.tokens, tuple(j.losses), tuple(j.slopes)) for j in jobs
-    ]
+    return [Fitted(final[j.client], j.taken, lr, j.examples, j.tokens, tuple(j.losses), tuple(j.slopes)) for j in jobs]
 
 
 class _Lane:

@@ -213,7 +213,9 @@ class LoraLinear(nn.Module):
         for k, part in enumerate(parts):
             if dropping:
                 part = part * self._keep(part, self.streams[k])
-            outs.append(functional.linear(functional.linear(part, self.a[k].to(dtype)), self.b[k].to(dtype)) * self._scale(k))
+            outs.append(
+                functional.linear(functional.linear(part, self.a[k].to(dtype)), self.b[k].to(dtype)) * self._scale(k)
+            )
         low = outs[0] if len(outs) == 1 else torch.cat(outs)
         return (y + low.view(y.shape)).to(y.dtype)  # type: ignore[no-any-return]
 

@@ -67,7 +67,9 @@ class Stack:
     def values(self, k: int) -> dict[str, Tensor]:
         """Return copies of client k's tensors on the CPU."""
         with torch.no_grad():
-            return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in self.client(k).items()}
+            return {
+                name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in self.client(k).items()
+            }
 
     def keep(self, clients: Sequence[int]) -> None:
         """Go on with these clients alone, numbered anew in the order given."""

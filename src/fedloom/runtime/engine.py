@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol, TypeVar
@@ -80,6 +80,22 @@ class Errand:
 
 
 @dataclass(frozen=True, slots=True)
+class Errands:
+    """What goes to the clients of a cohort, each made when it is asked for, so that few messages exist at a time.
+
+    Attributes:
+        clients: the cohort, in client order.  make: a client of it -> its errand.
+    """
+
+    clients: Sequence[str]
+    make: Callable[[str], Errand]
+
+    def chunks(self, size: int) -> list[Sequence[str]]:
+        """Return the cohort in runs of `size` clients, as they are trained in one pass; the last may be shorter."""
+        return [self.clients[i : i + size] for i in range(0, len(self.clients), size)]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What comes back: the update as it was sent, the memory if it changed, and what both ways cost.
 
@@ -100,7 +116,11 @@ class Reply:
 class Crew(Protocol):
     """Who trains the cohort."""
 
-    def replies(self, round_: int, errands: Iterator[Errand]) -> Iterator[Reply]:
+    def open(self) -> None:
+        """Begin to get ready, without waiting for it: there are rounds to come."""
+        ...
+
+    def replies(self, round_: int, errands: Errands) -> Iterator[Reply]:
         """Yield each client's reply, in the order of the errands."""
         ...
 
@@ -246,13 +266,12 @@ class Engine:
         data = self.stage.clients[client]
         return Rows(self.stage.encoded, {"train": data.train, "validation": data.validation, "test": data.test}[split])
 
-    def _updates(
-        self, crew: Crew, state: ServerState, cohort: Sequence[str], tally: _Tally
-    ) -> Iterator[ClientUpdate]:
+    def _updates(self, crew: Crew, state: ServerState, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientUpdate]:
         """Have the cohort trained and yield the updates that are finite, as the server decodes them."""
         stage = self.stage
-        errands = (
-            Errand(name, _sealed(stage.algorithm.broadcast(state, name)), stage.memories.load(name)) for name in cohort
+        errands = Errands(
+            cohort,
+            lambda name: Errand(name, _sealed(stage.algorithm.broadcast(state, name)), stage.memories.load(name)),
         )
         for reply in crew.replies(state.round, errands):
             tally.fit_seconds += reply.fit_seconds

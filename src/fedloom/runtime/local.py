@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from fedloom.runtime.base import Runtime
-from fedloom.runtime.engine import Crew, Engine, Errand, Reply
+from fedloom.runtime.engine import Crew, Engine, Errands, Reply
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -26,10 +25,13 @@ class LocalCrew:
     def __init__(self, engine: Engine, size: int) -> None:
         self.engine, self.size = engine, size
 
-    def replies(self, round_: int, errands: Iterator[Errand]) -> Iterator[Reply]:
+    def open(self) -> None:
+        """There is nothing to get ready."""
+
+    def replies(self, round_: int, errands: Errands) -> Iterator[Reply]:
         """Yield each client's reply, in the order of the errands."""
-        while some := list(islice(errands, self.size)):
-            yield from self.engine.train(round_, some)
+        for clients in errands.chunks(self.size):
+            yield from self.engine.train(round_, [errands.make(name) for name in clients])
 
     def close(self) -> None:
         """There is nothing to let go of."""
