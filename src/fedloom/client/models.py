@@ -24,10 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fedloom.client import quantize as quantizing
 from fedloom.client.bundled import Notify, Place, ignore, locate, read_config, reading
+from fedloom.client.quantize import Quantize
 from fedloom.home import cpu_bf16, devices
 from fedloom.parts import Record
 from fedloom.types import ModelError, RecipeError, suggest
+from fedloom.units import human_bytes
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -43,6 +46,8 @@ class Model(Record):
     """`smollm2-135m` (bundled), a hub id, a local folder, or a GGUF file."""
     dtype: Dtype = "auto"
     """Of the base weights; auto: bf16 on GPUs and on CPUs with AMX or AVX512-BF16, else fp32."""
+    quantize: Quantize = "none"
+    """Keep the linear layers, all but the output head, in 4 bits (nf4, as QLoRA does) or 8 (int8); null: none."""
     attention: Attention = "auto"
     """Attention kernels; auto: sdpa where the model supports it, else eager."""
     device: str = "auto"
@@ -56,6 +61,11 @@ class Model(Record):
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        return "none" if value is None else value
 
     @field_validator("device")
     @classmethod
@@ -78,7 +88,7 @@ class Model(Record):
 
         Raises:
             ModelError: the model cannot be found or read.
-            RecipeError: a device, dtype or attention is not available here.
+            RecipeError: a device, dtype, attention or quantisation is not available here.
         """
         return _resolve(self, notify).spec
 
@@ -88,7 +98,7 @@ class Loaded:
     """A model that is ready for use: frozen, in evaluation mode, on its device.
 
     Attributes:
-        parameters: how many numbers the model holds, tied weights once.
+        parameters: how many numbers the model holds, tied weights once, quantised ones like others.
         source: where it came from, in one line.
         spec: the resolved record that loads it again.
     """
@@ -130,7 +140,7 @@ def load_model(spec: Model, notify: Notify = ignore) -> Loaded:
     Raises:
         ModelError: the model cannot be found or read, its files do not fit together, its weights are pickle, or its
             forward is more than `logits` of `hidden_states`.
-        RecipeError: a device, dtype or attention is not available here.
+        RecipeError: a device, dtype, attention or quantisation is not available here.
     """
     resolved = _resolve(spec, notify)
     tokenizer = _read_tokenizer(resolved.place, spec)
@@ -142,8 +152,7 @@ def load_model(spec: Model, notify: Notify = ignore) -> Loaded:
             f"use the tokenizer that the model was trained with"
         )
     _check_halves(model, resolved.place.source)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Loaded(model, tokenizer, parameters, resolved.place.source, resolved.spec)
+    return Loaded(model, tokenizer, quantizing.count(model), resolved.place.source, resolved.spec)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -225,6 +234,7 @@ def _knob_problems(spec: Model, config: PretrainedConfig) -> Iterable[str]:
         yield "model.dtype=fp16 is for GPUs, and model.device is cpu (allowed: auto, bf16, fp32, fp64)"
     if spec.dtype == "fp64" and spec.device == "mps":
         yield "model.dtype=fp64 does not exist on mps (allowed: auto, bf16, fp16, fp32; or model.device=cpu)"
+    yield from _quantize_problems(spec, config)
     if spec.attention == "sdpa" and choose_attention(config) != "sdpa":
         yield f"model.attention=sdpa is not the attention of {config.model_type} models (allowed: auto, eager)"
     if spec.attention == "flash_attention_2" and not (on_gpu and spec.dtype in ("bf16", "fp16")):
@@ -232,6 +242,19 @@ def _knob_problems(spec: Model, config: PretrainedConfig) -> Iterable[str]:
             f"model.attention=flash_attention_2 needs a CUDA device with bf16 or fp16, not {spec.device} with "
             f"{spec.dtype} (allowed here: auto, sdpa, eager)"
         )
+
+
+def _quantize_problems(spec: Model, config: PretrainedConfig) -> Iterable[str]:
+    if spec.quantize == "none":
+        return
+    knob = f"model.quantize={spec.quantize}"
+    if need := quantizing.lacking(spec.quantize):
+        yield f"{knob} needs {need}: pip install 'fedloom[quantize]' (allowed without it: none, int8)"
+    if spec.quantize == "nf4" and spec.dtype == "fp64":
+        yield f"{knob} has no kernels for model.dtype=fp64 (allowed: auto, bf16, fp16, fp32; or model.quantize=int8)"
+    if (already := getattr(config, "quantization_config", None)) is not None:
+        kind = already.get("quant_method") if isinstance(already, dict) else getattr(already, "quant_method", already)
+        yield f"{knob} is for plain weights; those of {spec.name} are quantised ({kind}): name the model they came from"
 
 
 def _read_tokenizer(place: Place, spec: Model) -> PreTrainedTokenizerBase:
@@ -259,16 +282,36 @@ def _read_weights(resolved: _Resolved, notify: Notify) -> PreTrainedModel:
             device_map={"": spec.device},
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
+            quantization_config=quantizing.config(spec.quantize),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, and refused below with their names
         )
+        mismatched = [*report["mismatched_keys"], *quantizing.finish(model)]
     if absent := sorted(report["missing_keys"]):
         raise ModelError(f"{place.source}: its weights lack {_some(absent)}; config.json belongs to another model")
-    if odd := [f"{name} {tuple(has)}, not {tuple(wants)}" for name, has, wants in sorted(report["mismatched_keys"])]:
+    if odd := [f"{name} {tuple(has)}, not {tuple(wants)}" for name, has, wants in sorted(mismatched)]:
         raise ModelError(f"{place.source}: weights have other shapes than config.json says: {_some(odd)}")
     if unused := sorted(report["unexpected_keys"]):
         notify(f"{place.source}: the architecture has no place for {_some(unused)}; left out")
+    _check_quantised(model, spec, place.source, notify)
     return model
+
+
+def _check_quantised(model: PreTrainedModel, spec: Model, source: str, notify: Notify) -> None:
+    if odd := next(quantizing.foreign(model), None):
+        raise ModelError(
+            f"{source}: its weights are quantised in a way that is not trained on here ({odd[0]} is a {odd[1]}); name "
+            f"the model that they came from, and set model.quantize=nf4 or int8"
+        )
+    layers = len(list(quantizing.quantised(model)))
+    if spec.quantize != "none" and not layers:
+        raise ModelError(
+            f"model.quantize={spec.quantize}: {source} is a {model.config.model_type} model without plain linear "
+            f"layers; set model.quantize=none"
+        )
+    if layers:
+        size = human_bytes(quantizing.nbytes(model))
+        notify(f"{source}: {layers} linear layers in {spec.quantize}, {size} of weights")
 
 
 def _some(names: list[str]) -> str:
