@@ -34,7 +34,9 @@ def settle(recipe: Recipe, assets: Assets) -> Recipe:
         RecipeError: packing is asked of a model that cannot, or a batch cannot fit in memory.
     """
     recipe = _with_trainer(recipe, packing=_packing(recipe, assets))
-    free = free_bytes(assets.loaded.model.device)
+    device = assets.loaded.model.device
+    # workers on the CPU share its memory; on GPUs each has its own
+    free = free_bytes(device) // (recipe.runtime.lanes(recipe) if device.type == "cpu" else 1)
     wanted = recipe.trainer.checkpointing
     need = _pass_bytes(recipe, assets, wanted is True)
     if wanted == "auto" and need > free // 2:
@@ -84,12 +86,13 @@ def _pass_bytes(recipe: Recipe, assets: Assets, checkpointing: bool) -> int:
 
 
 def _filling(recipe: Recipe, assets: Assets) -> int:
-    """Return how many clients' steps fill a pass, so that none is cut: more would gain nothing."""
+    """Return how many clients' steps fill a pass, so that none is cut, and leave every lane some: more gain nothing."""
     encoded = assets.federation.encoded
     owned = [len(data.train) for data in assets.federation.clients.values()]
     step = recipe.trainer.rows_per_step(int(np.median(owned))) * float(np.diff(encoded.starts).mean())
     cohort = len(recipe.sampler.cohort(0, _seen(assets), recipe.seed))
-    return max(1, min(LARGEST_COHORT, cohort, int(recipe.trainer.micro_tokens / step)))
+    lane = -(-cohort // recipe.runtime.lanes(recipe))
+    return max(1, min(LARGEST_COHORT, lane, int(recipe.trainer.micro_tokens / step)))
 
 
 def _seen(assets: Assets) -> Sequence[str]:
@@ -98,14 +101,13 @@ def _seen(assets: Assets) -> Sequence[str]:
 
 def _too_large(recipe: Recipe, assets: Assets, need: int, free: int) -> str:
     longest = int(np.diff(assets.federation.encoded.starts).max())
-    knobs = (
-        [f"trainer.micro_tokens below {recipe.trainer.micro_tokens}"] if recipe.trainer.micro_tokens > longest else []
-    )
+    micro = recipe.trainer.micro_tokens
+    knobs = [f"trainer.micro_tokens below {micro}"] if micro > longest else []
     knobs += [f"data.max_tokens below {longest} (the longest row)"]
     knobs += [] if recipe.trainer.checkpointing else ["trainer.checkpointing=true"]
-    knobs += ["a smaller adapter.r", "model.quantize=nf4"]
+    knobs += ["a smaller adapter.r"] + (["model.quantize=int8 or nf4"] if recipe.model.quantize == "none" else [])
     return (
-        f"trainer: one training pass of {max(longest, recipe.trainer.micro_tokens)} tokens needs about "
+        f"trainer: one training pass of {max(longest, micro)} tokens needs about "
         f"{human_bytes(need)} beside the model, and {human_bytes(free)} are free on {recipe.model.device}; set "
         + ", or ".join(knobs)
     )

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from fedloom import seeds
 from fedloom.client.lora import LoraLinear, Owners, Siblings, Spans
+from fedloom.client.quantize import is_linear
 from fedloom.client.stack import Stack
 from fedloom.parts import Part
 from fedloom.types import ModelError, Tensors, suggest
@@ -155,7 +156,7 @@ class Attached:
 
 
 def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], any_rank: bool = False) -> None:
-    """Raise ModelError unless `tensors` has exactly the names and shapes of `shapes` (but for LoRA ranks: `any_rank`)."""
+    """Raise ModelError unless `tensors` has exactly the names and shapes of `shapes` (`any_rank`: but for LoRA ranks)."""
     if any_rank:
         shapes = {name: _with_rank(name, shape, tensors) for name, shape in shapes.items()}
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
@@ -244,7 +245,7 @@ class Lora(Adapter, name="lora"):
         Raises:
             ModelError: a target matches no module, or a module of a kind that has no LoRA layer here.
         """
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)})
         if not isinstance(self.targets, str):
             ends = {n.rpartition(".")[2] for n, _ in model.named_modules()} | {n for n, _ in model.named_modules()}
             lost = [t for t in self.targets if t not in ends and not any(n.endswith("." + t) for n in ends)]

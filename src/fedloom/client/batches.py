@@ -168,6 +168,9 @@ def common(rows: Sequence[Example]) -> int:
 def passes(steps: Sequence[Sequence[tuple[int, int]]], limit: int, *, packed: bool) -> list[list[list[int]]]:
     """Cut the rows of one optimiser step of several clients into forward passes of at most `limit` tokens.
 
+    There are as few passes as short rows first allow, and the largest is as small as that number allows: passes of
+    like size need the least memory, and reuse each other's.
+
     Args:
         steps: each client's (row number, tokens) of this step.
         limit: tokens of a pass, padding included; a pass has at least one row.
@@ -176,6 +179,15 @@ def passes(steps: Sequence[Sequence[tuple[int, int]]], limit: int, *, packed: bo
     Returns:
         For each pass, each client's row numbers in it, short rows first; a client's rows stay together.
     """
+    count = len(_greedy(steps, limit, packed))
+    low, high = 0, limit
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_greedy(steps, middle, packed)) <= count else (middle, high)
+    return _greedy(steps, high, packed)
+
+
+def _greedy(steps: Sequence[Sequence[tuple[int, int]]], limit: int, packed: bool) -> list[list[list[int]]]:
     out: list[list[list[int]]] = []
     width = tokens = count = 0
     for k, step in enumerate(steps):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing (arXiv 1604.06174): keep what enters each decoder layer, compute the rest again when needed."""
+"""Gradient checkpointing (arXiv 1604.06174): keep what enters each decoder layer, compute the rest again."""
 
 from __future__ import annotations
 

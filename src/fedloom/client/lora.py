@@ -1,7 +1,7 @@
 """The LoRA linear layer for K clients at once, on one frozen weight.
 
-Tokens of the input belong to clients in runs: first client 0's, then client 1's. Client k's tokens see the base weight W
-and its own factors A_k (r, d_in), B_k (d_out, r):   y = x W^T + s_k (x A_k^T) B_k^T.   K = 1 is plain LoRA.
+Tokens of the input belong to clients in runs: first client 0's, then client 1's. Client k's tokens see the base weight
+W and its own factors A_k (r, d_in), B_k (d_out, r):   y = x W^T + s_k (x A_k^T) B_k^T.   K = 1 is plain LoRA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def multiply(x: Tensor, factors: Tensor, spans: Spans) -> Tensor:
     if _even(spans):
         return torch.bmm(x.reshape(clients, -1, x.shape[-1]), factors).flatten(0, 1)
     out = x.new_empty(x.shape[0], factors.shape[-1])
-    for part, xk, factor in zip(out.split(spans), x.split(spans), factors, strict=True):  # type: ignore[arg-type]
+    for part, xk, factor in zip(out.split(spans), x.split(spans), factors, strict=True):
         torch.mm(xk, factor, out=part)
     return out
 
@@ -43,7 +43,7 @@ def add_product(y: Tensor, x: Tensor, factors: Tensor, spans: Spans) -> Tensor:
     if _even(spans):
         y.view(clients, -1, y.shape[-1]).baddbmm_(x.reshape(clients, -1, x.shape[-1]), factors)
         return y
-    for part, xk, factor in zip(y.split(spans), x.split(spans), factors, strict=True):  # type: ignore[arg-type]
+    for part, xk, factor in zip(y.split(spans), x.split(spans), factors, strict=True):
         part.addmm_(xk, factor)
     return y
 
@@ -54,7 +54,7 @@ def correlate(u: Tensor, x: Tensor, clients: int, spans: Spans) -> Tensor:
         return (u.mT @ x)[None]
     if _even(spans):
         return torch.bmm(u.reshape(clients, -1, u.shape[-1]).mT, x.reshape(clients, -1, x.shape[-1]))
-    return torch.stack([uk.mT @ xk for uk, xk in zip(u.split(spans), x.split(spans), strict=True)])  # type: ignore[arg-type]
+    return torch.stack([uk.mT @ xk for uk, xk in zip(u.split(spans), x.split(spans), strict=True)])
 
 
 def _even(spans: Spans) -> bool:
@@ -106,8 +106,8 @@ class _Fused(torch.autograd.Function):
         return dx, None, *grads
 
 
-def _columns(u: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return u.split([a.shape[1] for a in factors[::2]], 1)
+def _columns(u: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    return list(u.split([a.shape[1] for a in factors[::2]], 1))
 
 
 @dataclass(slots=True)
@@ -169,7 +169,9 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, r: int, dropout: float, reference: bool, owners: Owners) -> None:
         super().__init__()
         self.base, self.r, self.p, self.exact, self.spans = base, r, dropout, reference, owners
-        self.d_out, self.d_in = reversed(base.weight.shape) if isinstance(base, Conv1D) else shape(base)
+        # a Conv1D keeps its weight transposed
+        rows, columns = base.weight.shape if isinstance(base, Conv1D) else reversed(shape(base))
+        self.d_out, self.d_in = columns, rows
         self.scale: float | Tensor = 1.0
         self.enabled = False
         self.streams: tuple[torch.Generator, ...] = ()

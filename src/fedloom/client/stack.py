@@ -1,4 +1,4 @@
-"""The trainable tensors of K clients in one buffer, so that they train in one pass and step in a few large operations."""
+"""The trainable tensors of K clients in one buffer, which train in one pass and step in a few large operations."""
 
 from __future__ import annotations
 
