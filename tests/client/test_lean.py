@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from fedloom.client.adapters import Lora
+from fedloom.client.compiling import compile_layers
 from fedloom.client.lean import lean, rms_norm, swiglu
 
 
@@ -47,6 +48,20 @@ def test_half_precision_models_alone_are_changed() -> None:
         grads.append(stack.grad.clone())
     assert (outs[0] - outs[1]).abs().max() <= 1e-2 * outs[0].abs().max()
     assert functional.cosine_similarity(grads[0], grads[1]).item() > 0.999
+
+
+def test_compiled_layers_give_the_same_gradients() -> None:
+    grads, ids = [], torch.arange(3, 40)[None]
+    for compiled in (False, True):
+        model = tiny_model(torch.bfloat16, layers=1).requires_grad_(False)
+        lean(model)
+        attached = Lora(r=2).attach(model)
+        stack = attached.load([{n: t + 0.01 for n, t in attached.init(0).items()}])
+        if compiled:
+            compile_layers(model)
+        stack.backward(functional.cross_entropy(model(input_ids=ids).logits.float()[0, :-1], ids[0, 1:]))
+        grads.append(stack.grad.clone())
+    assert functional.cosine_similarity(*grads).item() > 0.999
 
 
 def test_a_norm_that_is_another_function_stays() -> None:

@@ -31,23 +31,21 @@ class _Packed(torch.autograd.Function):
     def forward(  # noqa: PLR0913, PLR0917
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, scale: float, window: int | None
     ) -> Tensor:
-        out, kept = torch.empty_like(q), []
+        out = torch.empty_like(q)
         for piece in pieces.pieces:
-            scores = torch.bmm(_queries(q, piece, k.shape[1]) * scale, _keys(k, piece).mT)
-            per_head = scores.view(q.shape[1], piece.length, -1)
-            probabilities = torch.softmax(per_head.add_(pieces.mask(piece, window, scores)), -1).view(scores.shape)
-            o = torch.bmm(probabilities, _keys(v, piece))
+            o = torch.bmm(_probabilities(q, k, piece, pieces.mask(piece, window, q), scale), _keys(v, piece))
             _cut(out, piece).copy_(o.view(q.shape[1], piece.length, -1).transpose(0, 1))
-            kept.append(probabilities)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.pieces, ctx.scale = pieces, scale
+        ctx.save_for_backward(q, k, v)
+        ctx.pieces, ctx.scale, ctx.window = pieces, scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for piece, probabilities in zip(ctx.pieces.pieces, kept, strict=True):
+        for piece in ctx.pieces.pieces:
+            # made again rather than kept: they would be a fifth of all that a pass keeps, for 2 % of its time
+            probabilities = _probabilities(q, k, piece, ctx.pieces.mask(piece, ctx.window, q), ctx.scale)
             d_out = _queries(do, piece, k.shape[1])
             d_scores = torch.ops.aten._softmax_backward_data(
                 torch.bmm(d_out, _keys(v, piece).mT), probabilities, -1, probabilities.dtype
@@ -57,6 +55,13 @@ class _Packed(torch.autograd.Function):
             _add(dk, piece, torch.bmm(d_scores.mT, _queries(q, piece, k.shape[1])))
             _add(dv, piece, torch.bmm(probabilities.mT, d_out))
         return dq, dk, dv, None, None, None
+
+
+def _probabilities(q: Tensor, k: Tensor, piece: Piece, mask: Tensor, scale: float) -> Tensor:
+    """Return a piece's P: (key heads, query heads of one x tokens, tokens that it sees)."""
+    scores = torch.bmm(_queries(q, piece, k.shape[1]) * scale, _keys(k, piece).mT)
+    per_head = scores.view(q.shape[1], piece.length, -1)
+    return torch.softmax(per_head.add_(mask), -1).view(scores.shape)
 
 
 def _cut(x: Tensor, piece: Piece) -> Tensor:
@@ -83,7 +88,7 @@ def _add(grad: Tensor, piece: Piece, part: Tensor) -> None:
     _cut(grad, piece).add_(part[length:])
 
 
-def _attend(  # noqa: PLR0913, PLR0917
+def attend(  # noqa: PLR0913, PLR0917
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -103,7 +108,7 @@ def _attend(  # noqa: PLR0913, PLR0917
     return out[None], None
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(NAME, attend)
 
 
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:

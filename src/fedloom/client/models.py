@@ -50,6 +50,8 @@ class Model(Record):
     """Keep the linear layers, all but the output head, in 4 bits (nf4, as QLoRA does) or 8 (int8); null: none."""
     attention: Attention = "auto"
     """Attention kernels; auto: sdpa where the model supports it, else eager."""
+    compile: bool = False
+    """Compile the decoder layers (torch.compile): needs a C++ compiler on CPUs, and some time before the first steps."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
     trust_remote_code: bool = False
