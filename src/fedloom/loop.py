@@ -106,12 +106,11 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
     before = recipes.load(path)
     texts = [_longer(text, before.rounds) for text in overrides]
     after = recipes.load(path, texts)
-    old, new = before.dump(), after.dump()
-    changed = [key for key in old if old[key] != new[key]]
-    if odd := [key for key in changed if key not in RESUMABLE]:
+    if odd := _unlike(before, after):
         raise RecipeError(
-            f"--resume {folder}: {', '.join(odd)} cannot change in the middle of a run "
-            f"(allowed: {', '.join(RESUMABLE)}); start a new run with init={folder / 'adapter'} instead"
+            f"--resume {folder}: {', '.join(odd)} cannot change in the middle of a run (allowed: "
+            f"{', '.join(RESUMABLE)}, and a runtime of the same reference, threads and cohort); "
+            f"start a new run with init={folder / 'adapter'} instead"
         )
     finished = Checkpoints(folder / "checkpoints", after.checkpoint.keep).find("latest") or 0
     if after.rounds < finished:
@@ -120,11 +119,18 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
         )
     with _locked(folder):
         done = folder / "summary.json"
-        if done.exists() and not changed:
+        if done.exists() and before == after:
             return Result(folder, after, json.loads(done.read_text(encoding="utf-8")))
         done.unlink(missing_ok=True)  # it tells of the run before this one
         write_atomic(path, after.to_yaml().encode())
         return _story(after, folder, sink)
+
+
+def _unlike(before: Recipe, after: Recipe) -> list[str]:
+    """Return the keys because of which a run of `before` cannot go on as one of `after`."""
+    old, new = before.dump(), after.dump()
+    odd = [key for key in old if old[key] != new[key] and key not in RESUMABLE]
+    return [key for key in odd if key != "runtime" or not before.runtime.same_results(after.runtime)]
 
 
 def _longer(text: str, rounds: int) -> str:
@@ -173,17 +179,20 @@ def _regime(
     world = World(recipe, folder, assets, sink)
     state = world.resume()
     sink.on(make_plan(world, state.round if state else 0))
-    if state is None:
-        state = world.start(base)
     try:
+        if state is None or (state.round < recipe.rounds and not world.stopped(state)):
+            world.crew.open()
+        if state is None:
+            state = world.start(base)
         while state.round < recipe.rounds and not world.stopped(state):
             cohort = recipe.sampler.cohort(state.round, world.clients, recipe.seed)
             after, report = world.engine.round(world.crew, state, cohort)
             world.after(after, report)
             state = after
     except (KeyboardInterrupt, Stopped):
-        sink.on(Phase("saving the state"))
-        world.rescue(state)
+        if state is not None:
+            sink.on(Phase("saving the state"))
+            world.rescue(state)
         raise
     finally:
         world.crew.close()
@@ -195,8 +204,7 @@ def _discard_another(place: Path, recipe: Recipe) -> None:
     """Remove what an earlier budget left in a regime's folder: its rounds were trained in another way."""
     if not (place / "recipe.yaml").is_file():
         return
-    old, new = recipes.load(place / "recipe.yaml").dump(), recipe.dump()
-    if any(old[key] != new[key] for key in old if key not in RESUMABLE):
+    if _unlike(recipes.load(place / "recipe.yaml"), recipe):
         shutil.rmtree(place)
         place.mkdir()
 

@@ -16,6 +16,7 @@ from fedloom import tensors
 from fedloom.algorithms.base import Server
 from fedloom.checkpoint import Checkpoints, MemoryStore
 from fedloom.client.adapters import Attached, check_fit, load_peft
+from fedloom.client.lean import lean
 from fedloom.client.models import Loaded, load_model
 from fedloom.client.trainer import Bench, Rows
 from fedloom.data import federation
@@ -66,6 +67,8 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
     split = federation.build(
         recipe.data, loaded.tokenizer, recipe.seed, cache, lambda done: sink.on(Phase("encoding rows", done))
     )
+    if not recipe.runtime.reference:
+        lean(loaded.model)
     attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
     initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
     if recipe.init is not None:
@@ -74,6 +77,43 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
         initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
     sink.on(Phase(""))
     return Assets(loaded, attached, split, initial, time.perf_counter() - began)
+
+
+def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink) -> tuple[Stage, list[str]]:
+    """Return what the rounds of one regime need, and who may be sampled, in client order.
+
+    Args:
+        recipe: settled.  memories: of the regime.  sink: is told of every optimiser step.
+    """
+    split, algorithm, server = assets.federation, recipe.algorithm, recipe.server
+    unseen = set(split.unseen)
+    seen = {name: data for name, data in split.clients.items() if name not in unseen}
+    population = dict(algorithm.population(seen, _join))
+    bench = Bench(
+        assets.loaded.model,
+        assets.attached,
+        recipe.objective,
+        recipe.trainer,
+        recipe.seed,
+        recipe.rounds,
+        recipe.runtime.reference,
+        lambda client, tokens, loss: sink.on(Step(client, tokens, loss)),
+    )
+    stage = Stage(
+        algorithm,
+        Server(len(population), server.aggregator, server.optimizer, server.lr),
+        recipe.transforms,
+        bench,
+        assets.loaded.tokenizer,
+        split.encoded,
+        {**split.clients, **population},
+        split.public,
+        assets.initial,
+        memories,
+        recipe.rounds,
+        sink,
+    )
+    return stage, list(population)
 
 
 def _adapter_dtype(loaded: Loaded) -> torch.dtype:
@@ -93,37 +133,8 @@ class World:
         self.memories = MemoryStore(folder / "memories")
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
         self.totals = Totals(setup_seconds=assets.seconds, wall_seconds=assets.seconds)
-        split, algorithm = assets.federation, recipe.algorithm
-        seen = {name: data for name, data in split.clients.items() if name not in split.unseen}
-        population = dict(algorithm.population(seen, _join))
-        self.clients = list(population)
-        server = Server(len(population), recipe.server.aggregator, recipe.server.optimizer, recipe.server.lr)
-        bench = Bench(
-            assets.loaded.model,
-            assets.attached,
-            recipe.objective,
-            recipe.trainer,
-            recipe.seed,
-            recipe.rounds,
-            recipe.runtime.reference,
-            lambda client, tokens, loss: sink.on(Step(client, tokens, loss)),
-        )
-        self.engine = Engine(
-            Stage(
-                algorithm,
-                server,
-                recipe.transforms,
-                bench,
-                assets.loaded.tokenizer,
-                split.encoded,
-                {**split.clients, **population},
-                split.public,
-                assets.initial,
-                self.memories,
-                recipe.rounds,
-                sink,
-            )
-        )
+        stage, self.clients = set_stage(recipe, assets, self.memories, sink)
+        self.engine = Engine(stage)
         self.crew = recipe.runtime.crew(self.engine, recipe)
         self._clock = time.perf_counter()
         self._changed: set[str] = set()

@@ -33,6 +33,14 @@ class Runtime(Part, family=True):
         """
         raise NotImplementedError
 
+    def lanes(self, recipe: Recipe) -> int:
+        """Return how many passes go on at the same time, each in a process of its own."""
+        return 1
+
+    def same_results(self, other: Runtime) -> bool:
+        """Return whether a run that was begun with one may go on with the other, and end in the same bits."""
+        return (self.reference, self.threads, self.cohort) == (other.reference, other.threads, other.cohort)
+
     def alone(self, recipe: Recipe) -> Iterable[str]:
         """Yield what keeps this recipe's clients from being trained in one pass, one sentence each."""
         if self.reference:
@@ -44,7 +52,7 @@ class Runtime(Part, family=True):
 
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
         """Yield why this runtime cannot run the recipe, one sentence each."""
-        if self.cohort == "auto" or self.cohort == 1:
+        if self.cohort in {"auto", 1}:
             return
         for reason in self.alone(recipe):
             yield f"runtime.cohort={self.cohort}: {reason}; set runtime.cohort to auto or 1"

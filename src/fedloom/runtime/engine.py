@@ -120,6 +120,10 @@ class Crew(Protocol):
         """Begin to get ready, without waiting for it: there are rounds to come."""
         ...
 
+    def ready(self) -> None:
+        """Wait until it is ready."""
+        ...
+
     def replies(self, round_: int, errands: Errands) -> Iterator[Reply]:
         """Yield each client's reply, in the order of the errands."""
         ...
@@ -156,6 +160,7 @@ class Engine:
         Raises:
             Stopped: no client returned a finite update.
         """
+        crew.ready()
         stage, tally, began = self.stage, _Tally(), time.perf_counter()
         stage.sink.on(Cohort(state.round, cohort))
         updates = self._updates(crew, state, cohort, tally)
@@ -243,7 +248,8 @@ class Engine:
         for i, effect in effects.items():
             moving = tuple(n for n in effect.start if effect.trainable is None or effect.trainable(n))
             groups.setdefault((effect.order, moving), []).append(i)
-        began, done = time.perf_counter(), {}
+        done: dict[int, Fitted] = {}
+        began = time.perf_counter()
         for group in groups.values():
             jobs = [fit.Job(who[i] or "server", round_, self.rows(who[i], "train"), effects[i]) for i in group]
             done.update(zip(group, fit.fit(self.stage.bench, jobs), strict=True))

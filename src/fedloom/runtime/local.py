@@ -28,6 +28,9 @@ class LocalCrew:
     def open(self) -> None:
         """There is nothing to get ready."""
 
+    def ready(self) -> None:
+        """It always is."""
+
     def replies(self, round_: int, errands: Errands) -> Iterator[Reply]:
         """Yield each client's reply, in the order of the errands."""
         for clients in errands.chunks(self.size):
