@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ import psutil
 import torch
 from huggingface_hub import constants
 
+from fedloom import allocator
 from fedloom.home import BUNDLED, cpu_bf16, data_home, devices, home
 
 State: TypeAlias = Literal["ok", "warn", "missing"]
@@ -26,6 +28,7 @@ _Finding: TypeAlias = tuple[State, str, str]  # state, detail, fix
 
 _ENOUGH_GB = 4.0  # memory to fine-tune the bundled model, and disk for it and some run folders
 _PACKAGES = ("fedloom", "torch", "transformers", "peft")
+_FASTER = "some 1.06 times glibc's training speed, docs/performance.md"  # as benchmarks/allocator.py found
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -55,6 +58,7 @@ def checks(timeout: float = 3.0) -> list[Check]:
         "python": lambda: ("ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}", ""),
         **{name: partial(_package, name) for name in _PACKAGES},
         "cores": _cores,
+        "allocator": _allocator,
         "cpu bf16": _cpu_bf16,
         "gpu": _gpu,
         "memory": _memory,
@@ -89,6 +93,28 @@ def _cores() -> _Finding:
     if threads > usable:
         return "warn", f"{detail}: more threads than cores slow each other down", f"export OMP_NUM_THREADS={usable}"
     return ("warn", f"{detail}: other programs are using the cores", "") if load > usable else ("ok", detail, "")
+
+
+def _allocator() -> _Finding:
+    asked, now, better = allocator.wanted(), allocator.found(), allocator.choose()
+    switch = f"{allocator.SWITCH}={asked}"
+    if now in allocator.NAMES:
+        return "ok", f"{now} ({switch}): {_FASTER}", ""
+    if sys.platform != "linux":
+        return "ok", "the system's own; others are preloaded on Linux only", ""
+    if better is None:
+        installs = ", or ".join(one.install for one in allocator.PRELOADS if one.name in ("tcmalloc", "mimalloc"))
+        return "missing", f"{now} ({switch}); tcmalloc brings {_FASTER}", installs
+    preload, library = better
+    if asked in ("off", "glibc"):
+        return (
+            "warn",
+            f"{now}, since {switch}; {preload.name} is here and brings {_FASTER}",
+            f"unset {allocator.SWITCH}",
+        )
+    words = [f"{name}={value}" for name, value in {**preload.settings, "LD_PRELOAD": library}.items()]
+    detail = f"{now} in this process; the command fedloom preloads {preload.name} ({switch}): {_FASTER}"
+    return "warn", detail, f"export {' '.join(words)}"
 
 
 def _cpu_bf16() -> _Finding:

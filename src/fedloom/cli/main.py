@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedloom import __version__
+from fedloom import __version__, allocator
 from fedloom.cli.chat import chat
 from fedloom.cli.data import data
 from fedloom.cli.doctor import doctor
@@ -18,6 +18,8 @@ from fedloom.cli.run import run
 from fedloom.cli.show import list_parts, show
 
 INTERNAL = 1
+TELLING = {"-h", "--help", "--version", "--install-completion", "--show-completion"}
+"""Options with which a command computes nothing, so that no time is spent on a better allocator."""
 
 app = typer.Typer(
     name="fedloom",
@@ -59,6 +61,8 @@ def main() -> None:
     """Run the command; errors that are meant for people are printed without a traceback (`--debug` shows it)."""
     debug = "--debug" in sys.argv
     try:
+        if sys.argv[1:] and not TELLING & set(sys.argv) and "_FEDLOOM_COMPLETE" not in os.environ:
+            allocator.ensure()  # first thing, since it may start the command again
         app()
     except BrokenPipeError:
         # whoever read the output has left; there is nobody to tell
@@ -79,3 +83,7 @@ def _fail(message: str, status: int) -> NoReturn:
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(message, err=True)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
