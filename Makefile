@@ -30,9 +30,12 @@ check: $(STAMP)  ## Lint, types and import contracts.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## Time the trainer against a plain loop, in one run.
-	$(BIN)/python benchmarks/plain_loop.py
-	$(BIN)/python benchmarks/plain_loop.py --attention eager
+bench: $(STAMP)  ## Time the trainer against TRL's in one run, and what its speed depends on (half an hour).
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/plots.py
 
 clean:  ## Remove the environment and caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedloom import recipe as recipes
@@ -104,15 +103,6 @@ def machine() -> dict[str, Any]:
         "bf16": "amx" if "amx_bf16" in flags else "avx512" if "avx512_bf16" in flags else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
-    }
-
-
-def rates(steps: Sequence[tuple[float, int, float]], batch: int) -> dict[str, float]:
-    """Return samples and tokens a second over some optimiser steps."""
-    seconds = float(np.sum([s for s, _, _ in steps]))
-    return {
-        "samples_per_second": round(batch * len(steps) / seconds, 3),
-        "tokens_per_second": round(float(np.sum([t for _, t, _ in steps])) / seconds, 1),
     }
 
 

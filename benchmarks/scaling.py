@@ -69,7 +69,7 @@ def _cut(length: int) -> Path:
     """Write rows of GSM8K's text that have about `length` tokens each, and return the file."""
     from fedloom.data.named import Gsm8k
 
-    words = " ".join(f"{turn.content}" for row in Gsm8k().rows(0)[:400] for turn in row.turns).split()
+    words = " ".join(f"{turn.text}" for row in Gsm8k().rows(0)[:400] for turn in row.turns).split()
     size, file = int((length - 45) / 1.45), Path(tempfile.mkdtemp()) / "rows.jsonl"
     size = max(4, size)
     lines = [words[i : i + size] for i in range(0, 64 * size, size)]

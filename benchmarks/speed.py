@@ -40,8 +40,8 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
     _, reports = harness.rounds(world, asked.rounds)
     whole, fit = sum(r.seconds for r in reports), sum(r.fit_seconds for r in reports)
     return {
-        **_steady(clock.steps, asked),
-        "warm_up_seconds": round(clock.steps[0][0], 1),
+        **_steady([(r.fit_seconds, r.tokens) for r in reports], [loss for _, _, loss in clock.steps], asked),
+        "first_round_seconds": round(reports[0].fit_seconds, 1),
         "setup_seconds": round(setup, 1),
         "outside_fitting": round(1 - fit / whole, 4),
         "peak_gb": round(harness.peak_rss(), 2),
@@ -66,7 +66,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
                 losses.append(float(logs["loss"]))
 
     warnings.simplefilter("ignore")
-    recipe, losses, steps = _recipe(asked), [], []
+    recipe, losses, fits = _recipe(asked), [], []
     world, assets, _ = harness.build(recipe, Path(tempfile.mkdtemp()), harness.Sink())
     rows = {n: [world.rows(n)[i] for i in range(len(world.rows(n)))] for n in world.clients}
     plan = {(t, n): harness.order(world, t, n) for t in range(asked.rounds) for n in world.clients}
@@ -79,7 +79,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
     mine = {n: n.removeprefix("base_model.model.").replace(".default.weight", "") for n in live}
     glob = {n: start[mine[n]].clone() for n in live}
     for round_ in range(asked.rounds):
-        mean = {n: torch.zeros_like(g) for n, g in glob.items()}
+        mean, seconds, tokens = {n: torch.zeros_like(g) for n, g in glob.items()}, 0.0, 0
         for client in clients:
             for n, p in live.items():
                 p.data.copy_(glob[n])
@@ -97,6 +97,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
                 weight_decay=0.0,
                 max_grad_norm=1.0,
                 max_length=512,
+                completion_only_loss=True,
                 bf16=True,
                 use_cpu=True,
                 report_to=[],
@@ -107,13 +108,12 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
             )
             trainer = InOrder(model, args=config, train_dataset=table, processing_class=tokenizer)
             trainer.train()
-            seconds = (time.perf_counter() - began) / asked.steps
-            tokens = [sum(len(rows[client][i].ids) for i in step) for step in plan[round_, client]]
-            steps += [(seconds, t, loss) for t, loss in zip(tokens, losses[-asked.steps :], strict=True)]
+            seconds, tokens = seconds + time.perf_counter() - began, tokens + sum(len(r.ids) for r in chosen)
             for n, p in live.items():
                 mean[n] += (p.detach() - glob[n]) / len(clients)
         glob = {n: g + mean[n] for n, g in glob.items()}
-    return {**_steady(steps, asked), "peak_gb": round(harness.peak_rss(), 2)}
+        fits.append((seconds, tokens))
+    return {**_steady(fits, losses, asked), "peak_gb": round(harness.peak_rss(), 2)}
 
 
 def peak(asked: argparse.Namespace) -> dict[str, Any]:
@@ -164,10 +164,16 @@ def _recipe(asked: argparse.Namespace) -> Any:
     return harness.recipe(**changes)
 
 
-def _steady(steps: list[tuple[float, int, float]], asked: argparse.Namespace) -> dict[str, Any]:
-    """Return the rates after the first client's round, and the mean loss of the last round."""
-    last = [loss for _, _, loss in steps[-asked.clients * asked.steps :]]
-    return {**harness.rates(steps[asked.steps :], asked.batch), "final_loss": round(sum(last) / len(last), 4)}
+def _steady(rounds: list[tuple[float, int]], losses: list[float], asked: argparse.Namespace) -> dict[str, Any]:
+    """Return the rates of the rounds (seconds, tokens) after the first, and the mean loss of the last one."""
+    counted = rounds[1:] or rounds
+    seconds, samples = sum(s for s, _ in counted), len(counted) * asked.clients * asked.steps * asked.batch
+    last = losses[-asked.clients * asked.steps :]
+    return {
+        "samples_per_second": round(samples / seconds, 3),
+        "tokens_per_second": round(sum(t for _, t in counted) / seconds, 1),
+        "final_loss": round(sum(last) / len(last), 4),
+    }
 
 
 KINDS = {
@@ -207,7 +213,7 @@ def main() -> None:
         print(f"{title} ...", file=sys.stderr, flush=True)
         results[kind] = {"title": title, **harness.child([__file__, "--kind", kind, *knobs], env)}
     rate = harness.child([__file__, "--kind", "peak", *knobs], fast)
-    for kind, found in results.items():
+    for found in results.values():
         achieved = found["tokens_per_second"] * rate["flops_per_token"] / 1e9
         found["share_of_matrix_rate"] = round(achieved / rate["gflops"], 3)
         if "trl" in results:

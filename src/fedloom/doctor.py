@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants
 
 from fedloom import allocator
+from fedloom.client.quantize import lacking
 from fedloom.home import BUNDLED, cpu_bf16, data_home, devices, home
 
 State: TypeAlias = Literal["ok", "warn", "missing"]
@@ -67,6 +68,7 @@ def checks(timeout: float = 3.0) -> list[Check]:
         "cache": _cache,
         "disk": _disk,
         "data": _data,
+        "bitsandbytes": _bitsandbytes,
         **{name: partial(_package, name) for name in _TRACKERS},
     }
     return [_check(name, probe) for name, probe in probes.items()]
@@ -84,6 +86,14 @@ def _package(name: str) -> _Finding:
         return "ok", importlib.metadata.version(name), ""
     except importlib.metadata.PackageNotFoundError:
         return "missing", "not installed", f"pip install {name}"
+
+
+def _bitsandbytes() -> _Finding:
+    state, detail, _ = _package("bitsandbytes")
+    why = lacking("nf4")
+    return (
+        ("missing", why, "pip install 'fedloom[quantize]'") if why else (state, f"{detail}, for model.quantize=nf4", "")
+    )
 
 
 def _cores() -> _Finding:

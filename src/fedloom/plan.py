@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from fedloom.client.batches import collate, passes
+from fedloom.client.models import Model
 from fedloom.client.trainer import step_rows
 from fedloom.outcome import peak_rss
 from fedloom.tracking import Plan
@@ -38,7 +39,7 @@ def make_plan(world: World, start: int) -> Plan:
     lines = [
         (
             "model",
-            f"{model.name}: {world.assets.loaded.parameters:,} parameters, {model.dtype} on {model.device}",
+            f"{model.name}: {world.assets.loaded.parameters:,} parameters, {_stored(model)} on {model.device}",
         ),
         (
             "trainable",
@@ -67,6 +68,10 @@ def make_plan(world: World, start: int) -> Plan:
         len(world.clients),
         tokens * rounds,
     )
+
+
+def _stored(model: Model) -> str:
+    return model.dtype if model.quantize == "none" else f"{model.dtype} and {model.quantize}"
 
 
 def _share(world: World) -> float:

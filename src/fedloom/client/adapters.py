@@ -156,7 +156,7 @@ class Attached:
 
 
 def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], any_rank: bool = False) -> None:
-    """Raise ModelError unless `tensors` has exactly the names and shapes of `shapes` (`any_rank`: but for LoRA ranks)."""
+    """Raise ModelError unless `tensors` has the names and shapes of `shapes` (`any_rank`: but for LoRA ranks)."""
     if any_rank:
         shapes = {name: _with_rank(name, shape, tensors) for name, shape in shapes.items()}
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())

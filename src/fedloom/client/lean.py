@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +73,9 @@ def lean(model: PreTrainedModel) -> int:
 
     A module qualifies by its attributes, and by giving the same output on a trial input: others stay as they are.
     """
-    changed, device, dtype = 0, model.device, model.dtype
+    changed, device, dtype, kernels = 0, model.device, model.dtype, _kernels(model.device)
     for module in model.modules():
-        block = _norm(module) or _mlp(module)
+        block = _norm(module, kernels.norm) or _mlp(module, kernels.gated)
         if block is None:
             continue
         width, forward = block
@@ -87,22 +88,44 @@ def lean(model: PreTrainedModel) -> int:
     return changed
 
 
-def _norm(module: nn.Module) -> tuple[int, Callable[[Tensor], Tensor]] | None:
+class _Kernels(NamedTuple):
+    """How the two blocks are computed: norm(x, weight, eps) and gated(a, b)."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor]
+    gated: Callable[[Tensor, Tensor], Tensor]
+
+
+def _kernels(device: torch.device) -> _Kernels:
+    """Return Liger's kernels (arXiv 2410.10989) on a GPU where they are installed, else those above."""
+    if device.type != "cuda" or find_spec("liger_kernel") is None:
+        return _Kernels(rms_norm, swiglu)
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    # 0: no offset on the weight; "llama": sums in float32, product in half; False: dy is read again by others
+    return _Kernels(
+        lambda x, w, eps: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False), LigerSiLUMulFunction.apply
+    )
+
+
+def _norm(
+    module: nn.Module, norm: Callable[[Tensor, Tensor, float], Tensor]
+) -> tuple[int, Callable[[Tensor], Tensor]] | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not type(module).__name__.endswith("RMSNorm") or eps is None or weight is None or weight.dtype not in HALF:
         return None
-    return weight.shape[0], lambda hidden_states: rms_norm(hidden_states, module.weight, eps)  # type: ignore[arg-type]
+    return weight.shape[0], lambda hidden_states: norm(hidden_states, module.weight, eps)  # type: ignore[arg-type]
 
 
-def _mlp(module: nn.Module) -> tuple[int, Callable[[Tensor], Tensor]] | None:
+def _mlp(module: nn.Module, gated: Callable[[Tensor, Tensor], Tensor]) -> tuple[int, Callable[[Tensor], Tensor]] | None:
     layers = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(layer, nn.Module) and is_linear(layer) for layer in layers) or not hasattr(module, "act_fn"):
         return None
     gate: Any = layers[0]
     if (gate.dtype if isinstance(gate, Quantised) else gate.weight.dtype) not in HALF:
         return None
-    return gate.in_features, partial(_gated, module)
+    return gate.in_features, partial(_gated, module, gated)
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]
+def _gated(module: Any, gated: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]

@@ -51,7 +51,7 @@ class Model(Record):
     attention: Attention = "auto"
     """Attention kernels; auto: sdpa where the model supports it, else eager."""
     compile: bool = False
-    """Compile the decoder layers (torch.compile): needs a C++ compiler on CPUs, and some time before the first steps."""
+    """Compile the decoder layers (torch.compile): on CPUs it needs a C++ compiler; the first steps take longer."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
     trust_remote_code: bool = False
