@@ -96,7 +96,8 @@ def _filling(recipe: Recipe, assets: Assets) -> int:
 
 
 def _seen(assets: Assets) -> Sequence[str]:
-    return [name for name in assets.federation.clients if name not in assets.federation.unseen]
+    unseen = set(assets.federation.unseen)
+    return [name for name in assets.federation.clients if name not in unseen]
 
 
 def _too_large(recipe: Recipe, assets: Assets, need: int, free: int) -> str:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fedloom.client import generate, sharding
 from fedloom.client.adapters import Lora
 from fedloom.client.fit import Job, fit, score
+from fedloom.client.lean import lean
 from fedloom.client.objectives import Sft
 from fedloom.client.trainer import Bench, Rows, Trainer
 from fedloom.data.encode import Encoded
@@ -53,6 +54,7 @@ def work(bench):
 told = {"differs": 0.0}
 for dtype, packing, dropout in ((torch.float32, True, 0.0), (torch.float32, False, 0.2), (torch.bfloat16, True, 0.0)):
     model = tiny_model(dtype, layers=3).requires_grad_(False)
+    lean(model)
     attached = Lora(r=4, alpha=8, dropout=dropout).attach(model)
     trainer = Trainer(steps=3, batch=4, lr=1e-2, packing=packing, checkpointing=True)
     bench = Bench(model, attached, Sft(), trainer, 0, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,12 +21,14 @@ from tests.laws import unfit
 import fedloom
 from fedloom import recipe as recipes
 from fedloom.runtime import pipes
-from fedloom.runtime.engine import Errand, Reply
+from fedloom.runtime.engine import Engine, Errand, Errands, Reply
+from fedloom.runtime.local import LocalCrew
 from fedloom.runtime.processes import ProcessesCrew, ProcessesRuntime
 from fedloom.runtime.spill import Spill
-from fedloom.runtime.team import Team
+from fedloom.runtime.team import Team, Worker
 from fedloom.tracking import Event, Phase, Sink, Step, Warned
 from fedloom.types import Bundle, DataError, RecipeError, SiteError, Stopped
+from fedloom.wire import codec
 from fedloom.world import World, prepare
 
 assert unfit  # registers its part
@@ -86,27 +89,64 @@ def _figures(folder: Path) -> list[tuple[int, str | None, str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "cohort", "changes"),
+    ("cohort", "changes"),
     [
-        ("fedavg", 1, {"transforms": [{"name": "clip", "norm": 0.05}]}),
-        ("scaffold", 2, {"trainer": SGD, "adapter": {"dropout": 0.1}}),
-        ("local", 2, {"model": {"dtype": "bf16"}}),
+        (1, {"transforms": [{"name": "clip", "norm": 0.05}], "compare": ["local"]}),
+        (2, {"algorithm": "scaffold", "trainer": SGD, "adapter": {"dropout": 0.1}, "model": {"dtype": "bf16"}}),
     ],
 )
-def test_local_equals_processes(
-    tiny_folder: Path, tmp_path: Path, algorithm: str, cohort: int, changes: dict[str, Any]
-) -> None:
-    changes = {**FIVE, **changes, "algorithm": algorithm, "rounds": 3}
+def test_local_equals_processes(tiny_folder: Path, tmp_path: Path, cohort: int, changes: dict[str, Any]) -> None:
+    changes, watch = {**FIVE, **changes, "rounds": 3}, Watch()
     one = run(tiny_folder, tmp_path / "a", f"runtime.cohort={cohort}", **changes)
-    watch = Watch()
     both = fedloom.run(tree(tiny_folder, **changes, runtime=_runtime(cohort=cohort)), out=tmp_path / "b", sink=watch)
     for key in ("adapter_sha256", "metrics", "bytes_up", "bytes_down", "trained_tokens", "train_loss_last"):
         assert both.summary[key] == one.summary[key], key
-    assert _figures(tmp_path / "b") == _figures(tmp_path / "a")
-    assert Phase("starting 2 worker processes") in watch.events
-    assert len(watch.of(Step)) == 3 * 5 * 2  # every optimiser step of every client in every round
+    for place in (Path(), *(Path("regimes") / name for name in changes.get("compare", ()))):
+        assert _figures(tmp_path / "b" / place) == _figures(tmp_path / "a" / place)
+    regimes = 1 + len(changes.get("compare", ()))
+    assert watch.events.count(Phase("starting 2 worker processes")) == regimes
+    assert len(watch.of(Step)) == regimes * 3 * 5 * 2  # every optimiser step of every client in every round
     assert 0 < both.summary["fit_seconds"] <= both.summary["round_seconds"]
     assert not _workers()
+
+
+class Inline(Worker):
+    """A worker in this process: it trains at once what it is told, and answers through a pipe."""
+
+    def __init__(self, engine: Engine, order: list[int]) -> None:
+        self.name, self.ready, self.fate, self.engine, self.order = "inline", True, "", engine, order
+        self.pipe, self.theirs = multiprocessing.Pipe()
+
+    def say(self, frame: pipes.Frame) -> None:
+        self.order.append(frame.head["chunk"])
+        replies = self.engine.train(frame.head["round"], pipes.errands(frame))
+        self.theirs.send_bytes(pipes.pack(pipes.done(frame.head["chunk"], 0.1, replies)))
+
+    def gone(self, seconds: float) -> bool:
+        return True
+
+    def end(self) -> str:
+        return self.name
+
+
+def test_the_largest_chunk_goes_first_and_replies_keep_the_order(tiny_folder: Path, tmp_path: Path) -> None:
+    data = {"clients": 5, "partition": {"name": "quantity", "exponent": 0.8}}
+    recipe = recipes.load(
+        tree(tiny_folder, data=data, runtime=_runtime(), trainer={"epochs": 1}), ["trainer.steps=null"]
+    )
+    world = World(recipe, tmp_path, prepare(recipe, Sink()), Sink())
+    crew, engine, order = world.crew, world.engine, list[int]()
+    assert isinstance(crew, ProcessesCrew)
+    crew.teams = [Team(str(i), [Inline(engine, order)]) for i in range(2)]
+    state = recipe.algorithm.init(world.assets.initial)
+    message = codec.encode(recipe.algorithm.broadcast(state, "").groups)
+    errands = Errands(world.clients, lambda name: Errand(name, message, {}))
+    told = list(crew.replies(0, errands))
+    expected = list(LocalCrew(engine, 1).replies(0, errands))
+    key = lambda reply: (reply.client, reply.message, reply.metrics, reply.weight, reply.bytes_down)
+    assert [key(reply) for reply in told] == [key(reply) for reply in expected]
+    sizes = [reply.metrics["tokens"] for reply in expected]
+    assert order == sorted(range(5), key=lambda i: -sizes[i]) != list(range(5))
 
 
 def test_a_worker_that_is_killed_leaves_its_clients_to_another(tiny_folder: Path, tmp_path: Path) -> None:
@@ -167,7 +207,8 @@ def test_workers_end_with_the_run(tiny_folder: Path, tmp_path: Path, blow: signa
     if blow == signal.SIGINT:
         assert "the state is saved" in told
         whole = run(tiny_folder, tmp_path / "whole", "runtime.cohort=1", rounds=3, trainer={"steps": 40})
-        assert fedloom.resume(out).summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+        here = "runtime={name: local, threads: 1, cohort: 1}"
+        assert fedloom.resume(out, [here]).summary["adapter_sha256"] == whole.summary["adapter_sha256"]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ class RegimeView:
         return self.engine.generate(params, prompts, max_new_tokens)
 
     def _trained(self) -> list[str]:
-        return [name for name in self.federation.clients if name not in self.federation.unseen]
+        unseen = set(self.federation.unseen)
+        return [name for name in self.federation.clients if name not in unseen]
 
 
 def spread(evaluator: Evaluator, clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

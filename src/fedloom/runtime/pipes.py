@@ -2,7 +2,8 @@
 
     to a worker      start: the recipe as text, and what else it needs to build its world
                      train: some clients' errands in one round
-    from a worker    ready · step: one optimiser step · done: the replies to the last `train` · error: what went wrong
+    from a worker    ready: with a fingerprint of its rows · step: one optimiser step · done: the replies to the last
+                     `train` · error: what went wrong
 
 JSON keeps every bit of a float, and tensors travel as the codec's safetensors, so a reply is the one that a call in the
 same process would have returned.
@@ -10,13 +11,14 @@ same process would have returned.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedloom.runtime.engine import Errand, Reply
-from fedloom.types import Memory
+from fedloom.runtime.engine import Errand, Reply, Stage
+from fedloom.types import Bundle, Memory
 from fedloom.wire import codec
 
 
@@ -90,6 +92,16 @@ def replies(frame: Frame, seconds: float) -> list[Reply]:
         memory = codec.decode(kept) if kept else None
         found.append(Reply(client, weight, message, metrics, memory, down, share))
     return found
+
+
+def fingerprint(stage: Stage) -> str:
+    """Return a hash of who trains on what, and of where they start: both ends must have built the same."""
+    digest = hashlib.sha256(stage.encoded.starts.tobytes() + stage.encoded.answer_bytes.tobytes())
+    for client, data in stage.clients.items():
+        digest.update(client.encode())
+        digest.update(data.train.tobytes())
+    digest.update(codec.encode({"initial": Bundle(stage.initial)}))
+    return digest.hexdigest()
 
 
 def _kept(memory: Memory | None) -> bytes:

@@ -57,12 +57,16 @@ class ProcessesRuntime(Runtime, name="processes"):
             return self.workers
         if recipe.model.device.startswith("cuda"):
             return max(1, torch.cuda.device_count() // self.shard)
+        if recipe.model.device != "cpu":
+            return 1
         return max(2, _cores() // (self.threads * self.shard))
 
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
         yield from super().conflicts(recipe)
         if self.shard > 1 and recipe.model.quantize != "none":
             yield f"runtime.shard={self.shard} cannot cut quantised weights; set model.quantize=none or runtime.shard=1"
+        if self.shard > 1 and recipe.model.compile:
+            yield f"runtime.shard={self.shard} cannot cut compiled layers; set model.compile=false or runtime.shard=1"
         if odd := next((part for part in _parts(recipe) if type(part).__module__ == "__main__"), None):
             yield (
                 f"runtime=processes: {type(odd).__name__} is defined in the script that runs, where workers cannot "
@@ -142,12 +146,18 @@ class ProcessesCrew:
         if not waiting:
             return
         self.engine.stage.sink.on(Phase(f"starting {len(waiting)} worker processes"))
+        own = pipes.fingerprint(self.engine.stage)
         while waiting:
             for worker in speaking(waiting, None):
                 frame = worker.hear()
                 if frame is None or frame.kind == "error":
                     raise self._cannot_start(worker, frame)
-                worker.ready = frame.kind == "ready"
+                if frame.head["fingerprint"] != own:
+                    raise SiteError(
+                        f"{worker.name} has read other rows, or another initial adapter, than this process: files have "
+                        "changed since the run began; start it again"
+                    )
+                worker.ready = True
             waiting = [worker for worker in waiting if not worker.ready]
         self.engine.stage.sink.on(Phase(""))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from tempfile import TemporaryFile
 
+from fedloom import allocator
 from fedloom.runtime import pipes
 from fedloom.runtime.pipes import Frame
 from fedloom.types import SiteError
@@ -54,6 +55,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=self.output,
                 stderr=self.output,
+                env=allocator.for_child(),
                 pass_fds=(theirs.fileno(),),
             )
         except OSError as error:
@@ -140,6 +142,8 @@ class Team:
 
     def end(self) -> str:
         """End all workers; return what became of the one that had ended by itself."""
+        if not self.workers:
+            return self.name
         over = [worker for worker in self.workers if worker.gone(SETTLE_SECONDS)] or self.workers
         # one that was killed (a negative status) comes before those that broke because of it
         first = min(over, key=lambda worker: worker.process.returncode or 0)

@@ -74,7 +74,7 @@ def _listen(pipe: Connection, inbox: SimpleQueue[Frame]) -> None:
 
 def _serve(speaker: Speaker, inbox: SimpleQueue[Frame]) -> None:
     engine, speaks = _build(inbox.get(), speaker)
-    speaker.say(Frame("ready"))
+    speaker.say(Frame("ready", {"fingerprint": pipes.fingerprint(engine.stage)}))
     while True:
         asked = inbox.get()
         errands = pipes.errands(asked)
