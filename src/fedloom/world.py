@@ -16,6 +16,7 @@ from fedloom import tensors
 from fedloom.algorithms.base import Server
 from fedloom.checkpoint import Checkpoints, MemoryStore
 from fedloom.client.adapters import Attached, check_fit, load_peft
+from fedloom.client.compiling import compile_layers
 from fedloom.client.lean import lean
 from fedloom.client.models import Loaded, load_model
 from fedloom.client.trainer import Bench, Rows
@@ -70,6 +71,9 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
     if not recipe.runtime.reference:
         lean(loaded.model)
     attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
+    if recipe.model.compile:
+        sink.on(Phase("compiling: the first steps take longer"))
+        compile_layers(loaded.model)
     initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
     if recipe.init is not None:
         initial = load_peft(recipe.init, attached.config)

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 from tests.tiny import tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    MambaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from fedloom.client.adapters import Lora
+from fedloom.client.attention import can_pack
 from fedloom.client.fit import Job, fit, score
 from fedloom.client.objectives import Sft
 from fedloom.client.optimizers import AdamW, Sgd
@@ -182,3 +190,37 @@ def test_packed_rows_train_as_padded_ones(shared: int) -> None:
         bench = _bench(Trainer(packing=packing))
         scores.append(score(bench, _rows(shared)["c"], _start(bench, 1)).scalars)
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """A row in one piece, in pieces of four tokens, and padded: the same, also where a token sees only its past five."""
+    fits = []
+    for packing, tokens in ((False, 256), (True, 256), (True, 4)):
+        monkeypatch.setattr("fedloom.client.batches.PIECE_TOKENS", tokens)
+        trainer = Trainer(steps=2, batch=3, lr=1e-2, optimizer=Sgd(), packing=packing)
+        model = tiny_model(torch.float64) if window is None else _windowed(window)
+        bench = Bench(model.requires_grad_(False), Lora(r=3).attach(model), Sft(), trainer, 0, 10)
+        fits.append(fit(bench, [Job("c", 0, _rows(9)["c"], Fit(_start(bench, 0)))]))
+    assert _worst(fits[0], fits[1]) < 1e-6
+    assert _worst(fits[0], fits[2]) < 1e-6
+
+
+def _windowed(window: int) -> MistralForCausalLM:
+    llama = tiny_model(torch.float64)
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = {key: getattr(llama.config, key) for key in (*keys, "num_key_value_heads", "tie_word_embeddings")}
+    with torch.random.fork_rng(devices=[]):
+        model = MistralForCausalLM(MistralConfig(sliding_window=window, **shape)).double().eval()
+    model.load_state_dict(llama.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(("config", "able"), [(MistralConfig, True), (Gemma2Config, False), (MambaConfig, False)])
+def test_which_models_can_be_packed(config: Any, able: bool) -> None:
+    """Gemma 2 caps its scores and Mamba has no attention: they keep the padded layout."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    if config is not MambaConfig:
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        assert can_pack(AutoModelForCausalLM.from_config(config(**sizes)).eval()) == able

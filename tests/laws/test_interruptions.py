@@ -37,7 +37,7 @@ def _cut(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
 
 @pytest.mark.parametrize(("algorithm", "trainer"), [("fedavg", {}), ("scaffold", SGD), ("local", {})])
 @pytest.mark.parametrize(("rounds", "cohort"), [(0, 1), (2, 1), (2, 2)])
-def test_resumed_equals_uninterrupted(
+def test_resumed_equals_uninterrupted(  # noqa: PLR0917
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -74,18 +74,18 @@ def _queries(q: Tensor, piece: Piece, groups: int) -> Tensor:
 
 
 def _keys(k: Tensor, piece: Piece) -> Tensor:
-    """Return the keys that a piece sees: (key heads, before + own, d)."""
-    own, (start, length) = _cut(k, piece), piece.before
+    """Return the keys that a piece sees: (key heads, past + own, d)."""
+    own, (start, length) = k[piece.start - piece.run : piece.start + piece.length], piece.before
     seen = torch.cat([k[start : start + length], own]) if length else own
     return seen.transpose(0, 1)
 
 
 def _add(grad: Tensor, piece: Piece, part: Tensor) -> None:
-    """Add the gradient of the keys that a piece sees, (key heads, before + own, d)."""
+    """Add the gradient of the keys that a piece sees, (key heads, past + own, d)."""
     part, (start, length) = part.transpose(0, 1), piece.before
     if length:
         grad[start : start + length] += part[:length]
-    _cut(grad, piece).add_(part[length:])
+    grad[piece.start - piece.run : piece.start + piece.length].add_(part[length:])
 
 
 def attend(  # noqa: PLR0913, PLR0917

@@ -17,20 +17,29 @@ from fedloom.data.encode import Example
 
 SHARED_TOKENS = 8
 """A shared beginning shorter than this is not worth a piece of its own."""
+PIECE_TOKENS = 256
+"""Longest piece: 256 rows of scores over all that comes before exist at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of tokens that sees itself, causally, and all of a piece before it.
+    """Neighbouring tokens of one row, which see each other, causally, and all that comes before them in their row.
 
     Attributes:
         start, length: where its tokens are in the packed row.
-        before: (start, length) of the shared beginning that it follows; (0, 0) where there is none.
+        run: tokens right before it that belong to its row too.
+        before: (start, length) of the shared beginning that the row follows; (0, 0) where there is none.
     """
 
     start: int
     length: int
+    run: int = 0
     before: tuple[int, int] = (0, 0)
+
+    @property
+    def past(self) -> int:
+        """Return how many tokens come before it in its row."""
+        return self.before[1] + self.run
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +54,18 @@ class Pieces:
     _masks: dict[object, Tensor] = field(default_factory=dict)
 
     def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor:
-        """Return what is added to a piece's scores: (length, before + length), 0 where it looks, else -inf.
+        """Return what is added to a piece's scores: (length, past + length), 0 where it looks, else -inf.
 
         Args:
             window: a token sees itself and at most window - 1 tokens before it; None: all.
             like: gives dtype and device.
         """
-        before = piece.before[1]
-        key = (piece.length, before, window)
+        key = (piece.length, piece.past, window)
         if key not in self._masks:
-            ones = torch.ones(piece.length, before + piece.length, dtype=torch.bool, device=like.device)
-            seen = ones.tril(before)
+            ones = torch.ones(piece.length, piece.past + piece.length, dtype=torch.bool, device=like.device)
+            seen = ones.tril(piece.past)
             if window is not None:
-                seen &= ones.triu(before - window + 1)
+                seen &= ones.triu(piece.past - window + 1)
             self._masks[key] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
                 ~seen, float("-inf")
             )
@@ -128,12 +136,12 @@ def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: b
         first, shared = end, common(client) if share else 0
         before = (end, shared) if shared else (0, 0)
         if shared:
-            pieces.append(Piece(end, shared))
+            pieces += _pieces(end, shared, (0, 0))
             ids.append(client[0].ids[:shared])
             positions.append(torch.arange(shared))
             end += shared
         for row in client:
-            pieces.append(Piece(end, len(row.ids) - shared, before))
+            pieces += _pieces(end, len(row.ids) - shared, before)
             ids.append(row.ids[shared:])
             positions.append(torch.arange(shared, len(row.ids)))
             where = row.train[1:].nonzero()[:, 0]
@@ -151,6 +159,12 @@ def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: b
         torch.cat(positions)[None].to(device),
         Pieces(tuple(pieces)),
     )
+
+
+def _pieces(start: int, length: int, before: tuple[int, int]) -> list[Piece]:
+    """Cut a row so that no piece has more than `PIECE_TOKENS`: then little is computed that the mask throws away."""
+    runs = range(0, length, PIECE_TOKENS)
+    return [Piece(start + run, min(PIECE_TOKENS, length - run), run, before) for run in runs]
 
 
 def common(rows: Sequence[Example]) -> int:
