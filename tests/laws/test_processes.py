@@ -122,6 +122,9 @@ class Inline(Worker):
         replies = self.engine.train(frame.head["round"], pipes.errands(frame))
         self.theirs.send_bytes(pipes.pack(pipes.done(frame.head["chunk"], 0.1, replies)))
 
+    def is_ready(self) -> None:
+        self.ready = True
+
     def gone(self, seconds: float) -> bool:
         return True
 
@@ -149,6 +152,26 @@ def test_the_largest_chunk_goes_first_and_replies_keep_the_order(tiny_folder: Pa
     assert order == sorted(range(5), key=lambda i: -sizes[i]) != list(range(5))
 
 
+def test_a_worker_that_has_read_other_rows_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    def world(**changes: Any) -> World:
+        recipe = recipes.load(tree(tiny_folder, runtime=_runtime(), **changes))
+        return World(recipe, tmp_path, prepare(recipe, Sink()), Sink())
+
+    ours, same, other = world(), world(), world(seed=1)
+    crew, worker = ours.crew, Inline(ours.engine, [])
+    assert isinstance(crew, ProcessesCrew)
+    crew.teams, worker.ready = [Team("inline", [worker])], False
+    say = lambda stage: worker.theirs.send_bytes(
+        pipes.pack(pipes.Frame("ready", {"fingerprint": pipes.fingerprint(stage)}))
+    )
+    say(other.engine.stage)
+    with pytest.raises(SiteError, match="inline has read other rows"):
+        crew.ready()
+    say(same.engine.stage)
+    crew.ready()
+    assert worker.ready
+
+
 def test_a_worker_that_is_killed_leaves_its_clients_to_another(tiny_folder: Path, tmp_path: Path) -> None:
     changes = {**FIVE, "algorithm": "scaffold", "trainer": {**SGD, "steps": 30}}
     one = run(tiny_folder, tmp_path / "a", "runtime.cohort=1", **changes)
@@ -159,6 +182,7 @@ def test_a_worker_that_is_killed_leaves_its_clients_to_another(tiny_folder: Path
     (warned,) = watch.of(Warned)
     assert "round 2: worker 1 of 2 was killed by SIGKILL" in warned.text
     assert "another trains client-" in warned.text
+    assert "last words" not in warned.text  # it had none: what libraries wrote before it was ready does not count
 
 
 def test_without_workers_the_run_stops_and_may_go_on_in_one_process(tiny_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ buys memory, not time: n processes hold 1/n of the layers each and do n times th
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +37,8 @@ def join(rank: int, size: int, store: Path, device: str) -> None:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
+    else:  # all are on this machine: nothing listens to the network, and its name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{store.absolute()}", rank=rank, world_size=size
     )

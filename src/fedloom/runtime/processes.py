@@ -124,7 +124,7 @@ class ProcessesCrew:
             return
         modules = {type(part).__module__ for part in _parts(self.recipe)}
         common = {"modules": sorted(m for m in modules if m.partition(".")[0] != "fedloom"), "size": self.shard}
-        self.meeting = TemporaryDirectory(prefix="fedloom-")
+        self.meeting = TemporaryDirectory(prefix="fedloom-") if self.shard > 1 else None
         for place in range(self.count):
             name = f"worker {place + 1} of {self.count}"
             team = Team(name)
@@ -132,7 +132,8 @@ class ProcessesCrew:
             for rank in range(self.shard):
                 device = _device(self.recipe.model.device, place * self.shard + rank)
                 team.workers.append(Worker(name if self.shard == 1 else f"{name}, process {rank + 1}"))
-                told = {"rank": rank, "device": device, "store": str(Path(self.meeting.name) / str(place))}
+                store = str(Path(self.meeting.name) / str(place)) if self.meeting else ""
+                told = {"rank": rank, "device": device, "store": store}
                 team.workers[-1].say(Frame("start", {**common, **told, "recipe": self._told(device)}))
 
     def ready(self) -> None:
@@ -157,7 +158,7 @@ class ProcessesCrew:
                         f"{worker.name} has read other rows, or another initial adapter, than this process: files have "
                         "changed since the run began; start it again"
                     )
-                worker.ready = True
+                worker.is_ready()
             waiting = [worker for worker in waiting if not worker.ready]
         self.engine.stage.sink.on(Phase(""))
 

@@ -36,7 +36,7 @@ class Worker:
 
     Attributes:
         name: what people call it.  ready: whether it has said that it can train.
-        fate: how it ended; empty while it runs.
+        written: bytes of output that are passed over.  fate: how it ended; empty while it runs.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,7 +45,7 @@ class Worker:
         Raises:
             SiteError: the system does not let it.
         """
-        self.name, self.ready, self.fate = name, False, ""
+        self.name, self.ready, self.written, self.fate = name, False, 0, ""
         self.output = TemporaryFile()  # noqa: SIM115 - closed by `end`; not the terminal: nobody can read several processes at once
         self.pipe, theirs = multiprocessing.Pipe()
         command = [sys.executable, "-c", CODE.format(paths=sys.path, fd=theirs.fileno())]
@@ -62,6 +62,10 @@ class Worker:
             raise SiteError(f"{name} could not be started: {error.strerror}; lower runtime.workers") from error
         finally:
             theirs.close()
+
+    def is_ready(self) -> None:
+        """Note that it can train; what it wrote before, mostly warnings of libraries, is of no interest any more."""
+        self.ready, self.written = True, os.fstat(self.output.fileno()).st_size
 
     def say(self, frame: Frame) -> None:
         """Send a frame; that the worker is gone shows when it is heard."""
@@ -105,9 +109,11 @@ class Worker:
         return self.fate
 
     def _words(self) -> str:
-        size = self.output.seek(0, os.SEEK_END)
-        self.output.seek(max(0, size - LAST_WORDS))
-        lines = [line for line in self.output.read().decode(errors="replace").splitlines() if line.strip()]
+        output = self.output.fileno()
+        first = max(self.written, os.fstat(output).st_size - LAST_WORDS)
+        # not by seek and read, which would move the place where the process writes
+        text = os.pread(output, LAST_WORDS, first).decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         return "\n".join(f"  {line}" for line in lines[-5:])
 
 
