@@ -31,8 +31,8 @@ from fedloom.data.federation import Data
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.loss import Loss
 from fedloom.parts import Part, Record
-from fedloom.runtime.base import Runtime
 from fedloom.runtime import processes as _processes  # noqa: F401 - registers the runtime
+from fedloom.runtime.base import Runtime
 from fedloom.runtime.local import LocalRuntime
 from fedloom.server.aggregate import Aggregator, Mean
 from fedloom.server.optim import ServerOptimizer, ServerSgd
