@@ -1,6 +1,6 @@
 """Training speed: fedloom against TRL's SFTTrainer with peft, as published federated code uses them, in one run.
 
-    python benchmarks/speed.py [--rounds 2] [--clients 2] [--steps 2]
+    python benchmarks/speed.py [--rounds 2] [--clients 1] [--steps 2]
 
 Both fine-tune LoRA r = 8 on all linear layers of SmolLM2-135M in bf16 on the same tokenised GSM8K rows, in the same
 order, from the same start, with AdamW and the same clipping; each is a process of its own, one after the other. TRL
@@ -190,7 +190,7 @@ def main() -> None:
     """Run every kind in a process of its own and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a client in a round")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--micro", type=int, default=1024, help="trainer.micro_tokens")
@@ -212,7 +212,11 @@ def main() -> None:
         env = fast if memory == "fast" else ALLOCATORS["system"]
         print(f"{title} ...", file=sys.stderr, flush=True)
         results[kind] = {"title": title, **harness.child([__file__, "--kind", kind, *knobs], env)}
-    rate = harness.child([__file__, "--kind", "peak", *knobs], fast)
+        print(json.dumps(results[kind]), file=sys.stderr, flush=True)
+    _report(asked, results, harness.child([__file__, "--kind", "peak", *knobs], fast))
+
+
+def _report(asked: argparse.Namespace, results: dict[str, Any], rate: dict[str, Any]) -> None:
     for found in results.values():
         achieved = found["tokens_per_second"] * rate["flops_per_token"] / 1e9
         found["share_of_matrix_rate"] = round(achieved / rate["gflops"], 3)

@@ -53,7 +53,7 @@ def test_memory_bounds_the_cohort_and_asks_for_checkpointing(
     free(2 * kept + 100)
     assert settle(recipe, assets).runtime.cohort == 1
     free(kept // 2)
-    with pytest.raises(RecipeError, match="needs about .* are free on cpu; set trainer.micro_tokens below 1024, or "):
+    with pytest.raises(RecipeError, match=r"needs about .* are free on cpu; set trainer.micro_tokens below 1024, or "):
         settle(recipe, assets)
 
 

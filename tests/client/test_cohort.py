@@ -194,7 +194,7 @@ def test_packed_rows_train_as_padded_ones(shared: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_long_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
-    """A row in one piece, in pieces of four tokens, and padded: the same, also where a token sees only its past five."""
+    """A row in one piece, in pieces of four tokens, and padded: the same, also where a token sees only five."""
     fits = []
     for packing, tokens in ((False, 256), (True, 256), (True, 4)):
         monkeypatch.setattr("fedloom.client.batches.PIECE_TOKENS", tokens)
