@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 
 from fedloom import recipe as recipes
 from fedloom.client.trainer import step_rows
+from fedloom.outcome import peak_rss as outcome_peak
 from fedloom.recipe import Recipe
 from fedloom.settle import settle
 from fedloom.tracking import Sink, Step
@@ -79,7 +79,7 @@ def order(world: World, round_: int, client: str) -> list[list[int]]:
 
 def peak_rss() -> float:
     """Return the most memory that this process has held, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return outcome_peak() / 1e9
 
 
 def child(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:

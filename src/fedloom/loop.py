@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fedloom import allocator
 from fedloom import recipe as recipes
 from fedloom.algorithms.centralized import Centralized
 from fedloom.algorithms.local import Local
@@ -76,6 +77,7 @@ def run(
     Raises:
         FedloomError: something in the recipe, data or model is wrong, or the run had to stop.
     """
+    allocator.tune()
     tree: Any = recipe.dump() if isinstance(recipe, Recipe) else recipe
     name = Path(tree).stem if isinstance(tree, str | Path) else "run"
     loaded = recipes.load(tree, overrides, set_files, settings)
@@ -99,6 +101,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
     Raises:
         RecipeError: the folder is no run folder, or a key may not be changed.
     """
+    allocator.tune()
     folder = Path(folder)
     path = folder / "recipe.yaml"
     if not path.is_file():

@@ -33,7 +33,7 @@ def make_plan(world: World, start: int) -> Plan:
     down = len(codec.encode(message.groups)) * len(cohort) if message.groups else 0
     speed = _speed(world)
     rounds = recipe.rounds - start
-    seconds = rounds * tokens / speed
+    seconds = rounds * tokens / (speed * recipe.runtime.lanes(recipe))
     owned = [len(data.train) for data in split.clients.values()]
     left = f", {split.left.total} left out ({split.left.too_long} too long)" if split.left.total else ""
     lines = [
