@@ -34,7 +34,6 @@ bench: $(STAMP)  ## Time the trainer against TRL's in one run, and what its spee
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/parts_of_a_step.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/plots.py
 
