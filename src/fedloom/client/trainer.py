@@ -116,7 +116,7 @@ class Bench:
 
     @property
     def packed(self) -> bool:
-        """Whether batches are packed: never where dropout would be the same for rows that share a beginning."""
+        """Whether batches are packed; `auto` is settled before, and the reference never is."""
         return self.trainer.packing is True and not self.reference
 
 
