@@ -1,10 +1,11 @@
-"""How fedloom's training speed and memory change with cohort, rank and row length, one thing at a time.
+"""How fedloom's training speed and memory change with cohort, rank, row length and clients, one thing at a time.
 
-    python benchmarks/scaling.py [--only cohort rank length]
+    python benchmarks/scaling.py [--only cohort rank length fleet]
 
 SmolLM2-135M in bf16, LoRA on all linear layers. Every point is a process of its own under the command's allocator;
 tokens a second are those after a first, uncounted round. `cohort`: batch size 1 (FederatedScope-LLM's setting), rows of
-about 56 tokens (the task suite) and of about 230 (GSM8K); cohort 1 is one client after another.
+about 56 tokens (the task suite) and of about 230 (GSM8K); cohort 1 is one client after another. `fleet`: a model of
+1 MB, 10 of so many clients sampled a round; what is counted is the start-up, the rest of a round, and memory.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from benchmarks import harness
 
 POINTS: dict[str, list[dict[str, Any]]] = {
     "cohort": [
-        *({"rows": "tasks", "batch": 1, "clients": 8, "cohort": k} for k in (1, 2, 4, 8)),
-        *({"rows": "gsm8k", "batch": 1, "clients": 8, "cohort": k} for k in (1, 2, 4, 8)),
+        *({"rows": "tasks", "batch": 1, "clients": max(8, k), "cohort": k} for k in (1, 2, 4, 8, 16, 32)),
+        *({"rows": "gsm8k", "batch": 1, "clients": max(8, k), "cohort": k} for k in (1, 2, 4, 8, 16, 32)),
         *({"rows": "tasks", "batch": 8, "clients": 8, "cohort": k} for k in (1, 8)),
     ],
-    "rank": [{"rows": "gsm8k", "batch": 8, "clients": 2, "r": r} for r in (8, 64)],
-    "length": [{"rows": n, "batch": 8, "clients": 2} for n in (64, 256, 512)],
+    "rank": [{"rows": "gsm8k", "batch": 8, "clients": 2, "r": r} for r in (4, 8, 16, 32, 64)],
+    "length": [{"rows": n, "batch": 8, "clients": 2} for n in (64, 128, 256, 512)],
+    "fleet": [{"fleet": n} for n in (10, 100, 1000, 10_000)],
 }
 
 
@@ -45,7 +47,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     if point["rows"] == "tasks":
         changes["data"]["source"] = {"name": "tasks", "rows_per_category": 20}
     elif point["rows"] != "gsm8k":
-        changes["data"]["source"] = str(_cut(point["rows"]))
+        changes["data"].update(source=str(_cut(point["rows"])), max_tokens=2 * point["rows"])
     clock = harness.Clock()
     world, assets, _ = harness.build(harness.recipe(**changes), Path(tempfile.mkdtemp()), clock)
     state = world.recipe.algorithm.init(world.assets.initial)
@@ -62,6 +64,34 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1),
         "outside_ms_a_client": round(1000 * outside / point["clients"], 1),
         "peak_gb": round(harness.peak_rss(), 2),
+    }
+
+
+def fleet(clients: int) -> dict[str, Any]:
+    """Return the seconds of the start-up, the milliseconds of a round beside fitting and the memory of a federation."""
+    from tests.tiny import tiny_model_folder
+
+    folder = Path(tempfile.mkdtemp())
+    changes: dict[str, Any] = {
+        "model": {"name": str(tiny_model_folder(folder / "tiny")), "dtype": "fp32"},
+        "data": {"source": {"name": "tasks", "rows_per_category": 12_000, "categories": ["units"]}, "clients": clients},
+        "trainer": {"steps": 1, "batch": 1},
+        "sampler": {"count": 10},
+        "rounds": 6,
+    }
+    began = time.perf_counter()
+    world, _, settled = harness.build(harness.recipe(**changes), folder / "run", harness.Sink())
+    setup, state, over = time.perf_counter() - began, world.recipe.algorithm.init(world.assets.initial), []
+    for _ in range(settled.rounds):
+        began = time.perf_counter()
+        cohort = settled.sampler.cohort(state.round, world.clients, settled.seed)
+        state, report = world.engine.round(world.crew, state, cohort)
+        over.append(time.perf_counter() - began - report.fit_seconds)
+    return {
+        "clients": clients,
+        "setup_seconds": round(setup, 2),
+        "outside_ms_a_round": round(1000 * sorted(over[1:])[2], 1),
+        "peak_gb": round(harness.peak_rss(), 3),
     }
 
 
@@ -85,7 +115,8 @@ def main() -> None:
     parser.add_argument("--point", help="measure this one (JSON) in this very process")
     asked = parser.parse_args()
     if asked.point:
-        print(json.dumps(measure(json.loads(asked.point))))
+        point = json.loads(asked.point)
+        print(json.dumps(fleet(point["fleet"]) if "fleet" in point else measure(point)))
         return
     from fedloom import allocator
 

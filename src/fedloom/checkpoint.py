@@ -4,6 +4,7 @@
     checkpoints/latest, checkpoints/best                  links to one of them
     memories/<client>/<round>.safetensors                 what a client kept when <round> rounds were finished
     memories/index.jsonl                                  one line a round: the clients whose memory changed
+    base/<round>.safetensors, base/<round>.whole.safetensors   a merge into the base; all merges up to there
 
 Memory files are immutable. The index is written before the checkpoint that it belongs to, and lines after the
 checkpoint are ignored, so a crash at any moment leaves a state from which the run goes on.
@@ -21,7 +22,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from fedloom.parts import Record
-from fedloom.types import Bundle, Memory, ServerState, Stopped, WireError
+from fedloom.types import Bundle, Memory, Merge, ServerState, Stopped, WireError
 from fedloom.wire import codec
 
 
@@ -35,14 +36,50 @@ class Checkpointing(Record):
 
 
 def pack(state: ServerState) -> dict[str, Bundle]:
-    """Return the state's tensors as groups for the codec."""
-    return {"params": Bundle(state.params), **{f"slot:{name}": bundle for name, bundle in state.slots.items()}}
+    """Return the state's tensors as groups for the codec; the base log has files of its own."""
+    seen = {"seen": Bundle(scalars={name: float(round_) for name, round_ in state.seen.items()})} if state.seen else {}
+    slots = {f"slot:{name}": bundle for name, bundle in state.slots.items()}
+    return {"params": Bundle(state.params), **seen, **slots}
 
 
-def unpack(round_: int, groups: Mapping[str, Bundle]) -> ServerState:
+def unpack(round_: int, groups: Mapping[str, Bundle], base: tuple[Merge, ...] = ()) -> ServerState:
     """Return the state that `pack` took apart."""
     slots = {name.removeprefix("slot:"): b for name, b in groups.items() if name.startswith("slot:")}
-    return ServerState(round_, groups["params"].tensors, slots)
+    seen = {name: int(when) for name, when in groups.get("seen", Bundle()).scalars.items()}
+    return ServerState(round_, groups["params"].tensors, slots, base, seen)
+
+
+class BaseFiles:
+    """The base log on disk: one immutable file a merge, and one a dense entry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, log: Sequence[Merge]) -> list[str]:
+        """Write the entries that have no file yet; return the names of all, oldest first."""
+        names = [f"{one.round}{'.whole' if one.whole else ''}" for one in log]
+        for name, one in zip(names, log, strict=True):
+            if not self._file(name).exists():
+                codec.write(self._file(name), {"merge": Bundle(one.tensors)})
+        return names
+
+    def load(self, names: Sequence[str]) -> tuple[Merge, ...]:
+        """Return the entries of `save`."""
+        tensors = [codec.read(self._file(name))["merge"].tensors for name in names]
+        return tuple(
+            Merge(int(name.partition(".")[0]), one, name.endswith(".whole"))
+            for name, one in zip(names, tensors, strict=True)
+        )
+
+    def prune(self, kept: Iterable[str]) -> None:
+        """Delete the files of entries that no checkpoint refers to."""
+        spared = {self._file(name).name for name in kept}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in spared:
+                path.unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 class MemoryStore:
@@ -122,7 +159,7 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.base = folder, keep, BaseFiles(folder.parent / "base")
 
     def save(self, state: ServerState, record: Mapping[str, Any]) -> None:
         """Write the state and `record` (JSON) as one checkpoint, then point `latest` at it and prune.
@@ -136,7 +173,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             codec.write(temporary / "state.safetensors", pack(state))
-            text = json.dumps({"round": state.round, **record}, indent=1, allow_nan=True)
+            base = {"base": self.base.save(state.base)} if state.base else {}
+            text = json.dumps({"round": state.round, **base, **record}, indent=1, allow_nan=True)
             codec.write_atomic(temporary / "state.json", text.encode())
             if target.exists():  # a resumed run repeats a round that was saved but not pointed at
                 shutil.rmtree(target)
@@ -177,7 +215,8 @@ class Checkpoints:
             record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise WireError(f"{folder / 'state.json'} cannot be read: {error}") from error
-        return unpack(round_, codec.read(folder / "state.safetensors")), record
+        base = self.base.load(record.get("base", ()))
+        return unpack(round_, codec.read(folder / "state.safetensors"), base), record
 
     def _point(self, name: str, round_: int) -> None:
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
@@ -190,6 +229,12 @@ class Checkpoints:
         for round_ in self.rounds():
             if round_ not in spared:
                 shutil.rmtree(self.folder / str(round_), ignore_errors=True)
+        if self.base.folder.is_dir():
+            self.base.prune(name for round_ in self.rounds() for name in self._merges(round_))
+
+    def _merges(self, round_: int) -> list[str]:
+        record = json.loads((self.folder / str(round_) / "state.json").read_text(encoding="utf-8"))
+        return list(record.get("base", ()))
 
     def _last(self) -> str:
         last = self.find("latest")

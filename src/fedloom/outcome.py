@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedloom import baselog, factors
 from fedloom.checkpoint import MemoryStore
-from fedloom.client.adapters import save_peft
+from fedloom.client.adapters import described
+from fedloom.client.peft_files import save_peft
 from fedloom.evaluate.base import Sample
+from fedloom.factors import Scale
 from fedloom.home import BUNDLED
 from fedloom.tracking import RoundReport, keep_lines
-from fedloom.types import ServerState
+from fedloom.types import Merge, ServerState, Tensors
 from fedloom.wire.codec import write_atomic
 
 if TYPE_CHECKING:
@@ -116,22 +119,48 @@ def export(
 ) -> str:
     """Write the adapters as PEFT folders and return their hash.
 
-    `adapter/` is the global adapter; `adapters/<client>/<slot>/` are personal ones. The hash is the SHA-256 of the
-    global adapter's tensors file, or of all personal ones in client order.
+    `adapter/` is the global adapter; `adapters/<client>/<slot>/` are personal ones. Where the method changed the base,
+    the adapter holds that too, at the summed rank; once the change is dense, `merged/` is written instead: the whole
+    model with everything added. The hash is the SHA-256 of the global adapter's tensors file, or of all personal ones
+    in client order, or of the merged weights.
     """
     name = assets.loaded.spec.name
     base = BUNDLED[name].hub_id if name in BUNDLED else name
     config, digest = assets.attached.config, hashlib.sha256()
-    places: list[tuple[Path, Any]] = [(folder / "adapter", p) for p in recipe.algorithm.export(state).values()]
+    for old in ("adapter", "adapters", "merged"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    scale, slots = assets.attached.scale, recipe.algorithm.export(state)
+    if baselog.is_dense(state.base):
+        return _write_merged(folder / "merged", assets, state, next(iter(slots.values())))
+    if state.base:
+        slots = {slot: summed(state.base, params, scale) for slot, params in slots.items()}
+    places: list[tuple[Path, Any]] = [(folder / "adapter", p) for p in slots.values()]
     if recipe.algorithm.personal:
         for client in clients:
             slots = recipe.algorithm.export(state, memories.load(client))
             places += [(folder / "adapters" / client / slot, params) for slot, params in slots.items()]
-    for old in ("adapter", "adapters"):
-        shutil.rmtree(folder / old, ignore_errors=True)
     for place, params in places:
-        save_peft(place, params, config, base)
+        save_peft(place, params, described(config, params, scale), base)
         digest.update((place / "adapter_model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+def summed(log: Sequence[Merge], params: Tensors, scale: Scale) -> Tensors:
+    """Return one adapter for the untouched base that holds a low-rank base log and an adapter on top."""
+    return factors.unpaired(baselog.with_adapter(log, factors.pairs(params, scale)), scale)
+
+
+def _write_merged(folder: Path, assets: Assets, state: ServerState, params: Tensors) -> str:
+    """Write the model with every change of the base and the adapter in its weights; return the hash of the weights."""
+    assets.attached.rebase(state.base)
+    model = assets.loaded.model
+    plain = type(model)(model.config).to(model.dtype)
+    plain.load_state_dict(assets.attached.merged(model, params))
+    plain.save_pretrained(folder)
+    assets.loaded.tokenizer.save_pretrained(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

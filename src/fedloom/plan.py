@@ -29,7 +29,7 @@ def make_plan(world: World, start: int) -> Plan:
     tokens, steps = _tokens_a_round(world)
     cohort = recipe.sampler.cohort(0, world.clients, recipe.seed)
     state = recipe.algorithm.init(world.assets.initial)
-    message = recipe.algorithm.broadcast(state, cohort[0])
+    message = recipe.algorithm.broadcast(world.engine.stage.server, state, cohort[0])
     down = len(codec.encode(message.groups)) * len(cohort) if message.groups else 0
     speed = _speed(world)
     rounds = recipe.rounds - start

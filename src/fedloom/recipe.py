@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from pydantic import (
 from fedloom import trackers as _trackers  # noqa: F401 - registers the shipped trackers
 from fedloom.algorithms import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.attacks import Attack
 from fedloom.checkpoint import Checkpointing
 from fedloom.client.adapters import Adapter, Lora
 from fedloom.client.models import Model
@@ -30,7 +32,7 @@ from fedloom.client.trainer import Trainer
 from fedloom.data.federation import Data
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.loss import Loss
-from fedloom.parts import Part, Record
+from fedloom.parts import Record
 from fedloom.runtime import processes as _processes  # noqa: F401 - registers the runtime
 from fedloom.runtime.base import Runtime
 from fedloom.runtime.local import LocalRuntime
@@ -64,10 +66,6 @@ class EarlyStop(Record):
     """Evaluations without improvement after which the run stops."""
     delta: NonNegativeFloat = 0.0
     """Smallest change that counts as an improvement."""
-
-
-class Attack(Part, family=True):
-    """A client that misbehaves on purpose, for research on defences."""
 
 
 class Recipe(Record):
@@ -107,11 +105,33 @@ class Recipe(Record):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         problems = [*self.algorithm.conflicts(self), *self.runtime.conflicts(self), *self._early_stop_problems()]
+        problems += self._federation_problems()
         names = [one.part_name for one in self.evaluate]
         problems += [f"evaluate: {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _federation_problems(self) -> Iterable[str]:
+        """Yield which parts of the server's and the client's half do not go together."""
+        algorithm, server, name = self.algorithm, self.server, f"algorithm={self.algorithm.part_name}"
+        if algorithm.needs_lora and not isinstance(self.adapter, Lora):
+            yield f"{name} works on LoRA factors, which adapter={self.adapter.part_name} has not; set adapter=lora"
+        if isinstance(self.adapter, Lora) and self.adapter.ranks and not algorithm.mixed_ranks:
+            able = ", ".join(sorted(n for n, a in Algorithm.known.items() if getattr(a, "mixed_ranks", False)))
+            yield f"{name} needs one rank at all clients; remove adapter.ranks, or set algorithm to one of: {able}"
+        if algorithm.own_combine and server.aggregator != Mean():
+            yield (
+                f"server.aggregator={server.aggregator.part_name}: {name} combines updates itself "
+                f"({algorithm.own_combine}); set server.aggregator=mean"
+            )
+        if algorithm.own_step and (server.optimizer != ServerSgd() or server.lr != 1):
+            yield (
+                f"server.optimizer={server.optimizer.part_name}, server.lr={server.lr:g}: {name} applies what was "
+                f"combined itself ({algorithm.own_step}); set server.optimizer=sgd and server.lr=1"
+            )
+        with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
+            yield from server.aggregator.conflicts(len(self.sampler.cohort(0, [""] * self.data.clients, self.seed)))
 
     def _early_stop_problems(self) -> Iterable[str]:
         if self.early_stop is None:

@@ -9,10 +9,11 @@ import peft
 
 from fedloom import recipe as recipes
 from fedloom.checkpoint import Checkpoints, MemoryStore
-from fedloom.client.adapters import Attached, Lora, check_fit, load_peft
+from fedloom.client.adapters import Attached, Lora, check_fit
 from fedloom.client.models import Loaded, Model, load_model
+from fedloom.client.peft_files import load_peft, read_peft
 from fedloom.recipe import Recipe
-from fedloom.types import ModelError, RecipeError, Tensors
+from fedloom.types import Merge, ModelError, RecipeError, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Reopened:
     Attributes:
         params: the adapter's tensors by live name; already in the layers of `attached`.
         label: which adapter it is, in a few words.
+        base: what the run merged into the base weights, where `params` does not hold it; the model has it in them.
     """
 
     recipe: Recipe
@@ -29,6 +31,7 @@ class Reopened:
     attached: Attached
     params: Tensors
     label: str
+    base: tuple[Merge, ...] = ()
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -44,8 +47,10 @@ def read_recipe(run: Path) -> Recipe:
     return recipes.load(run / "recipe.yaml")
 
 
-def read_adapter(run: Path, recipe: Recipe, checkpoint: str | None, client: str | None) -> tuple[Tensors, str]:
-    """Return an adapter of a run and what to call it.
+def read_adapter(
+    run: Path, recipe: Recipe, checkpoint: str | None, client: str | None
+) -> tuple[Tensors, str, tuple[Merge, ...]]:
+    """Return an adapter of a run, what to call it, and the changes of the base weights that it needs.
 
     Args:
         run: the run folder.  recipe: its recipe.
@@ -55,8 +60,11 @@ def read_adapter(run: Path, recipe: Recipe, checkpoint: str | None, client: str 
     Raises:
         ModelError: there is no such adapter.
     """
+    if checkpoint is None and client is None and (run / "merged").is_dir():
+        checkpoint = "latest"  # the base changed densely: the state has that change and the adapter apart
     if checkpoint is not None:
-        return _from_checkpoint(run, recipe, checkpoint, client), f"checkpoint {checkpoint}"
+        params, base = _from_checkpoint(run, recipe, checkpoint, client)
+        return params, f"checkpoint {checkpoint}", base
     folder = run / "adapter" if client is None else run / "adapters" / client
     if client is not None and folder.is_dir():
         folder = next(iter(sorted(folder.iterdir())))
@@ -68,7 +76,9 @@ def read_adapter(run: Path, recipe: Recipe, checkpoint: str | None, client: str 
             else (f"finish it with: fedloom run --resume {run}, or name a checkpoint with --checkpoint latest")
         )
         raise ModelError(f"{run} holds no {folder.relative_to(run)}; {hint}")
-    return load_peft(folder), str(folder.relative_to(run))
+    if not isinstance(recipe.adapter, Lora):
+        raise ModelError(f"{folder}: adapter={recipe.adapter.part_name} has no LoRA factors to read")
+    return read_peft(folder, recipe.adapter.scale), str(folder.relative_to(run)), ()
 
 
 def find_round(run: Path, checkpoints: Checkpoints, name: str) -> int:
@@ -84,7 +94,9 @@ def find_round(run: Path, checkpoints: Checkpoints, name: str) -> int:
     return found
 
 
-def _from_checkpoint(run: Path, recipe: Recipe, checkpoint: str, client: str | None) -> Tensors:
+def _from_checkpoint(
+    run: Path, recipe: Recipe, checkpoint: str, client: str | None
+) -> tuple[Tensors, tuple[Merge, ...]]:
     checkpoints = Checkpoints(run / "checkpoints", recipe.checkpoint.keep)
     found = find_round(run, checkpoints, checkpoint)
     state, _ = checkpoints.load(found)
@@ -96,18 +108,18 @@ def _from_checkpoint(run: Path, recipe: Recipe, checkpoint: str, client: str | N
     slots = recipe.algorithm.export(state, memory)
     if not slots:
         raise ModelError(f"algorithm {recipe.algorithm.part_name} has no global adapter; name a client with --client")
-    return next(iter(slots.values()))
+    return next(iter(slots.values())), state.base
 
 
 def reopen(run: Path, checkpoint: str | None = None, client: str | None = None) -> Reopened:
     """Load a run's model with one of its adapters; arguments and errors are those of `read_adapter`."""
     recipe = read_recipe(run)
-    params, label = read_adapter(run, recipe, checkpoint, client)
+    params, label, base = read_adapter(run, recipe, checkpoint, client)
     loaded = load_model(recipe.model)
     attached = recipe.adapter.attach(loaded.model)
-    check_fit(params, attached.shapes())
+    attached.rebase(base)
     attached.load([params])
-    return Reopened(recipe, loaded, attached, params, label)
+    return Reopened(recipe, loaded, attached, params, label, base)
 
 
 def load(model: Model, adapter: Path | None) -> Loaded:

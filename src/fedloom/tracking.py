@@ -45,6 +45,7 @@ class RoundReport:
         clients: client -> metrics.  rejected: clients whose update was not finite.
         tokens: trained tokens.  examples: trained rows.  bytes_down, bytes_up: as encoded.
         seconds: of the round.  fit_seconds: of these, spent in local training.
+        aggregation_error: see `runtime.aggregation`; None: the method has no product to compare.
     """
 
     round: int
@@ -58,6 +59,7 @@ class RoundReport:
     bytes_up: int
     seconds: float
     fit_seconds: float
+    aggregation_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,22 @@ Memory: TypeAlias = Mapping[str, Bundle]
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """One change of the frozen base weights.
+
+    Attributes:
+        round: finished rounds when it was made.
+        tensors: `<module>.lora_A` (r, d_in) and `<module>.lora_B` (d_out, r), whose product is added to the weight of
+            the module; or `<module>.delta` (d_out, d_in), which is added itself.
+        whole: it stands for all merges up to its round, not for one beside them.
+    """
+
+    round: int
+    tensors: Tensors
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ServerState:
     """All that a server keeps between rounds: together with the memories it *is* the checkpoint.
 
@@ -44,11 +60,15 @@ class ServerState:
         round: number of finished rounds.
         params: the global trainable tensors (empty for a method without a global adapter).
         slots: further named groups, such as control variates or the state of a server optimiser.
+        base: the base log, what was merged into the base weights so far, oldest first (`baselog`).
+        seen: client -> finished rounds when it last replied, kept for algorithms that tell clients what they missed.
     """
 
     round: int
     params: Tensors
     slots: Mapping[str, Bundle] = field(default_factory=dict)
+    base: tuple[Merge, ...] = ()
+    seen: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,8 @@ class Fit:
             g z with g = (L(w + eps z) - L(w - eps z)) / (2 eps), z ~ N(0, I) drawn from (seed, round, client, step)
             (SPSA, as in MeZO, arXiv 2305.17333): two forward passes and no graph, at the memory of inference.
         epsilon: eps.
+        optimizer_state: None: the optimiser is built afresh and forgotten. A bundle: it goes on from this state (empty:
+            afresh), and the answer holds the state after the last step.
     """
 
     start: Tensors
@@ -96,6 +118,7 @@ class Fit:
     correct: Correction | None = None
     order: Literal["first", "zeroth"] = "first"
     epsilon: float = 1e-3
+    optimizer_state: Bundle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +131,7 @@ class Fitted:
         examples: rows trained on.  tokens: input tokens trained on, padding aside.
         losses: token-weighted mean loss of each step, in nats per trained token.
         slopes: g of each step of a fit of order `zeroth`: with the seeds, all that the trained weights depend on.
+        optimizer_state: where it was asked for: the optimiser's tensors, in the layout of the trained weights.
     """
 
     params: Tensors
@@ -117,6 +141,7 @@ class Fitted:
     tokens: int
     losses: tuple[float, ...]
     slopes: tuple[float, ...] = ()
+    optimizer_state: Bundle = field(default_factory=Bundle)
 
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -139,7 +164,15 @@ class Generate:
     max_new_tokens: int = 64
 
 
-Effect: TypeAlias = Fit | Score | Generate
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Ask the runtime for the gradient of the mean loss at `params` over the first `examples` training rows."""
+
+    params: Tensors
+    examples: int
+
+
+Effect: TypeAlias = Fit | Score | Generate | Gradient
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Effect, Any, T]
 """A pure coroutine: it yields effects, is sent their answers, and returns a T."""

@@ -6,19 +6,21 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom import tensors
+from fedloom import seeds, tensors
 from fedloom.algorithms.base import Server
 from fedloom.checkpoint import Checkpoints, MemoryStore
-from fedloom.client.adapters import Attached, check_fit, load_peft
+from fedloom.client.adapters import Attached, check_fit
 from fedloom.client.compiling import compile_layers
 from fedloom.client.lean import lean
 from fedloom.client.models import Loaded, load_model
+from fedloom.client.peft_files import load_peft
 from fedloom.client.trainer import Bench, Rows
 from fedloom.data import federation
 from fedloom.data.federation import Federation
@@ -103,9 +105,20 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
         recipe.runtime.reference,
         lambda client, tokens, loss: sink.on(Step(client, tokens, loss)),
     )
+    dtype = _adapter_dtype(assets.loaded)
+    # every participant draws an adapter of a round alike; the newest one is kept, as a cohort asks for it in turn
+    draw = lru_cache(1)(lambda round_: assets.attached.init(recipe.seed, dtype, round_))
     stage = Stage(
         algorithm,
-        Server(len(population), server.aggregator, server.optimizer, server.lr),
+        Server(
+            tuple(population),
+            server.aggregator,
+            server.optimizer,
+            server.lr,
+            draw,
+            lambda round_, purpose: seeds.generator(recipe.seed, round_, None, purpose),
+            recipe.adapter.lora_ranks(assets.attached, list(split.clients)),
+        ),
         recipe.transforms,
         bench,
         assets.loaded.tokenizer,
@@ -113,6 +126,7 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
         {**split.clients, **population},
         split.public,
         assets.initial,
+        tuple(attack.on(list(population), recipe.seed) for attack in recipe.attacks),
         memories,
         recipe.rounds,
         sink,
@@ -305,4 +319,5 @@ def _of_round(report: RoundReport) -> dict[str, float]:
         "fit_seconds": report.fit_seconds,
         "tokens_per_second": report.tokens / report.fit_seconds if report.fit_seconds else 0.0,
         "clients": len(report.clients),
+        **({} if report.aggregation_error is None else {"aggregation_error": report.aggregation_error}),
     }

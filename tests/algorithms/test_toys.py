@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bare import bare_around, bare_server
 from torch import Tensor
 
-from fedloom.algorithms import Algorithm, Client, Server
+from fedloom.algorithms import Algorithm, Client
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.fedprox import FedProx
 from fedloom.algorithms.scaffold import Scaffold
 from fedloom.server.aggregate import Mean
-from fedloom.server.optim import ServerSgd
 from fedloom.types import Bundle, ClientUpdate, Fit, Fitted, Memory, Message, ServerState
 
 Solve = Callable[[str, Fit], Fitted]
@@ -22,14 +22,17 @@ Solve = Callable[[str, Fit], Fitted]
 
 def federate(algorithm: Algorithm, start: Tensor, clients: Mapping[str, int], solve: Solve, rounds: int) -> ServerState:
     """Run rounds with full participation, answering every Fit by `solve`."""
-    server = Server(len(clients), Mean(), ServerSgd(), 1.0)
+    server = bare_server(tuple(clients))
     state = algorithm.init({"w": start})
     memories: dict[str, Memory] = {name: {} for name in clients}
     for _ in range(rounds):
         updates = []
         for name, examples in clients.items():
-            client = Client(name, state.round, memories[name], examples, algorithm.weight(examples), {"w": start})
-            steps = algorithm.train(client, algorithm.broadcast(state, name))
+            weight = algorithm.weight(examples)
+            client = Client(
+                name, state.round, memories[name], examples, weight, {"w": start}, lambda round_: {"w": start}
+            )
+            steps = algorithm.train(client, algorithm.broadcast(server, state, name))
             update, memories[name] = drive(steps, lambda effect, name=name: solve(name, effect))
             updates.append(update)
         combined = drive(algorithm.combine(server, state, updates), None)
@@ -117,7 +120,12 @@ def test_averaging_factors_is_not_averaging_products() -> None:
         row = torch.tensor([a], dtype=torch.float64)
         return ClientUpdate(name, weight, Message({"params": Bundle({"A": row, "B": row.T})}))
 
-    mean = Mean().combine([update("a", [1.0, 0.0], 2.0), update("b", [0.0, 1.0], 1.0)]).groups["params"].tensors
+    mean = (
+        Mean()
+        .combine([update("a", [1.0, 0.0], 2.0), update("b", [0.0, 1.0], 1.0)], bare_around())
+        .groups["params"]
+        .tensors
+    )
     product = mean["B"] @ mean["A"]
     expected = torch.tensor([[4.0, 2.0], [2.0, 1.0]], dtype=torch.float64) / 9
     torch.testing.assert_close(product, expected, rtol=0, atol=1e-15)

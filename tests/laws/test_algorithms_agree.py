@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.helpers import adapter, lines, run, same
 
-from fedloom.client.adapters import load_peft
+from fedloom.client.peft_files import load_peft
 
 
 def test_fedprox_without_pull_is_fedavg(tiny_folder: Path, tmp_path: Path) -> None:

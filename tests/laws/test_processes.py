@@ -142,7 +142,7 @@ def test_the_largest_chunk_goes_first_and_replies_keep_the_order(tiny_folder: Pa
     assert isinstance(crew, ProcessesCrew)
     crew.teams = [Team(str(i), [Inline(engine, order)]) for i in range(2)]
     state = recipe.algorithm.init(world.assets.initial)
-    message = codec.encode(recipe.algorithm.broadcast(state, "").groups)
+    message = codec.encode(recipe.algorithm.broadcast(engine.stage.server, state, "").groups)
     errands = Errands(world.clients, lambda name: Errand(name, message, {}))
     told = list(crew.replies(0, errands))
     expected = list(LocalCrew(engine, 1).replies(0, errands))

@@ -13,8 +13,9 @@ from tests.tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedloom
-from fedloom.client.adapters import Lora, load_peft, save_peft
+from fedloom.client.adapters import Lora
 from fedloom.client.lora import LoraLinear, Owners, fused
+from fedloom.client.peft_files import load_peft, save_peft
 from fedloom.types import ModelError, Tensors
 
 IDS = torch.arange(3, 43).view(2, 20)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.bare import bare_around
 
 from fedloom.server.aggregate import Mean
 from fedloom.server.optim import ServerSgd
@@ -19,7 +20,9 @@ def _update(name: str, value: torch.Tensor, weight: float = 1.0) -> ClientUpdate
 
 def test_mean_of_equal_updates_is_exactly_that_update() -> None:
     value = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    combined = Mean().combine(_update(str(i), value, weight) for i, weight in enumerate((3.0, 7.0, 11.0)))
+    combined = Mean().combine(
+        (_update(str(i), value, weight) for i, weight in enumerate((3.0, 7.0, 11.0))), bare_around()
+    )
     assert torch.equal(combined.groups["params"].tensors["w"], value)
     assert combined.groups["cohort"].scalars == {"clients": 3.0, "weight": 21.0}
 
@@ -28,7 +31,7 @@ def test_mean_of_equal_updates_is_exactly_that_update() -> None:
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 50)), min_size=1, max_size=8))
 def test_mean_is_the_weighted_mean_and_rises_to_float32(items: list[tuple[float, int]]) -> None:
     updates = [_update(str(i), torch.tensor([v], dtype=torch.bfloat16), w) for i, (v, w) in enumerate(items)]
-    mean = Mean().combine(updates).groups["params"].tensors["w"]
+    mean = Mean().combine(updates, bare_around()).groups["params"].tensors["w"]
     values = [float(u.message.groups["params"].tensors["w"]) for u in updates]
     expected = sum(v * w for v, (_, w) in zip(values, items, strict=True)) / sum(w for _, w in items)
     assert mean.dtype == torch.float32
@@ -37,13 +40,13 @@ def test_mean_is_the_weighted_mean_and_rises_to_float32(items: list[tuple[float,
 
 def test_mean_leaves_the_updates_alone_and_refuses_odd_ones() -> None:
     first = torch.ones(2)
-    Mean().combine([_update("a", first), _update("b", torch.zeros(2))])
+    Mean().combine([_update("a", first), _update("b", torch.zeros(2))], bare_around())
     assert torch.equal(first, torch.ones(2))
     other = ClientUpdate("b", 1.0, Message({"params": Bundle({"v": first})}))
     with pytest.raises(ValueError, match="update of b"):
-        Mean().combine([_update("a", first), other])
+        Mean().combine([_update("a", first), other], bare_around())
     with pytest.raises(ValueError, match="no update"):
-        Mean().combine([])
+        Mean().combine([], bare_around())
 
 
 def test_server_learning_rate() -> None:

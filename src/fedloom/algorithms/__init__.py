@@ -1,9 +1,14 @@
 """Federated algorithms: one paper, one file; `base.py` is the contract.
 
-Importing this package registers every shipped algorithm.
+Importing this package registers every shipped algorithm: each file in it is one.
 """
 
-from fedloom.algorithms import centralized, fedavg, fedprox, local, scaffold
+from importlib import import_module
+from pkgutil import iter_modules
+
 from fedloom.algorithms.base import Algorithm, Client, Server
 
-__all__ = ["Algorithm", "Client", "Server", "centralized", "fedavg", "fedprox", "local", "scaffold"]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Algorithm", "Client", "Server"]

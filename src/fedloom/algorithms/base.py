@@ -6,13 +6,16 @@ them. A method must read only its arguments and what effects return, never live 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from fedloom import tensors
+import torch
+
+from fedloom import baselog, tensors
+from fedloom.factors import Ranks
 from fedloom.parts import Part
-from fedloom.server.aggregate import Aggregator
+from fedloom.server.aggregate import Aggregator, Around
 from fedloom.server.optim import ServerOptimizer
 from fedloom.types import (
     Bundle,
@@ -45,7 +48,9 @@ class Client:
         name: the client.  round: the current round, from 0.
         memory: the client's private groups as of its last finished round; empty before the first.
         examples: true number of its training rows.  weight: its weight in the mean.
-        initial: the adapter that every participant starts from (`init`, or drawn from the seed).
+        initial: the adapter that every participant starts from (`init`, or drawn from the seed), in its own ranks.
+        draw: round -> a fresh adapter (A random, B zero) that every participant draws alike, in its own ranks.
+        lora: what ranks mean; None: the adapter has no LoRA factors.
     """
 
     name: str
@@ -54,6 +59,8 @@ class Client:
     examples: int
     weight: float
     initial: Tensors
+    draw: Callable[[int], Tensors]
+    lora: Ranks | None = None
 
     def fit(
         self,
@@ -62,9 +69,10 @@ class Client:
         trainable: Callable[[str], bool] | None = None,
         penalty: Penalty | None = None,
         correct: Correction | None = None,
+        optimizer_state: Bundle | None = None,
     ) -> Steps[Fitted]:
         """Train on the client's rows, from `start`; see `Fit`."""
-        fitted: Fitted = yield Fit(start, trainable, penalty, correct)
+        fitted: Fitted = yield Fit(start, trainable, penalty, correct, optimizer_state=optimizer_state)
         return fitted
 
     def score(self, params: Tensors | None, split: Split) -> Steps[Bundle]:
@@ -98,15 +106,32 @@ class Server:
     """What a server's half of an algorithm sees.
 
     Attributes:
-        clients: number of clients that may take part, sampled or not.
+        clients: who may take part, sampled or not, in client order.
         aggregator: how updates are combined.  optimizer: how a combined update is applied.
         lr: the server's learning rate.
+        draw: round -> a fresh adapter (A random, B zero), as every client draws it.
+        stream: (round, purpose) -> the random stream of the server for it.
+        lora: the clients' ranks and what they mean; None: the adapter has no LoRA factors.
     """
 
-    clients: int
+    clients: Sequence[str]
     aggregator: Aggregator
     optimizer: ServerOptimizer
     lr: float
+    draw: Callable[[int], Tensors]
+    stream: Callable[[int, str], torch.Generator]
+    lora: Ranks | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The clients' ranks, for algorithms that declare `needs_lora`.
+
+        Raises:
+            TypeError: the adapter has no LoRA factors.
+        """
+        if self.lora is None:
+            raise TypeError("the adapter has no LoRA factors")
+        return self.lora
 
 
 class Algorithm(Part, family=True):
@@ -118,6 +143,18 @@ class Algorithm(Part, family=True):
     """Whether clients end with adapters of their own, kept in their memories."""
     alone: ClassVar[str] = ""
     """Why its clients must be trained one after another; empty: they need not."""
+    needs_lora: ClassVar[bool] = False
+    """Whether it works on LoRA factors, so that other adapters are refused."""
+    mixed_ranks: ClassVar[bool] = False
+    """Whether clients may have ranks of their own (`adapter.ranks`)."""
+    own_combine: ClassVar[str] = ""
+    """Why it combines updates in its own way, so that robust rules are refused; empty: the aggregator does it."""
+    own_step: ClassVar[str] = ""
+    """Why its server applies what was combined in its own way, so that server optimisers are refused."""
+    changes_base: ClassVar[bool] = False
+    """Whether it merges into the base weights."""
+    tells_missed: ClassVar[bool] = False
+    """Whether a client is told what it missed since it was last seen, so that `ServerState.seen` must be kept."""
 
     weighting: Literal["examples", "uniform"] = "examples"
     """Weight of a client in the mean: its true number of training rows, or 1."""
@@ -143,9 +180,17 @@ class Algorithm(Part, family=True):
         """Return the state before round 0; `params` is the initial adapter."""
         return ServerState(0, params)
 
-    def broadcast(self, state: ServerState, client: str) -> Message:
+    def prepare(self, server: Server, state: ServerState) -> Steps[ServerState]:
+        """Return the state with which a round begins; effects are performed on the server's public rows."""
+        return done(state)
+
+    def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         """Return what the server sends to one client of the cohort."""
-        return Message({"params": Bundle(state.params)})
+        return Message({"params": Bundle(state.params), **self.news(state, client)})
+
+    def news(self, state: ServerState, client: str) -> Mapping[str, Bundle]:
+        """Return the message group that brings the merges into the base that a client lacks; mostly empty."""
+        return baselog.news(state.base, state.seen.get(client))
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
         """Run one client's round: local steps from the broadcast weights, their change as the update."""
@@ -155,15 +200,33 @@ class Algorithm(Part, family=True):
 
     def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
         """Combine the cohort's updates, taken one at a time in client order: the only place where they meet."""
-        return done(server.aggregator.combine(updates))
+        return done(server.aggregator.combine(updates, self.around(server, state)))
+
+    def around(self, server: Server, state: ServerState) -> Around:
+        """Return what an aggregator may know beside the updates."""
+        scale = server.lora.scale if server.lora else None
+        kept = state.slots.get("aggregator", Bundle())
+        return Around(state.params, scale, kept, server.stream(state.round, "aggregator"))
 
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
         """Apply the combined update to the state with the server optimiser; the round is then finished."""
         delta = combined.groups["params"].tensors
         kept = state.slots.get("server_optimizer", Bundle())
         params, kept = server.optimizer.step(state.params, delta, kept, server.lr)
-        slots = {**state.slots, "server_optimizer": kept} if kept != Bundle() else state.slots
-        return done(ServerState(state.round + 1, params, slots))
+        slots = {**state.slots, "server_optimizer": kept} if kept != Bundle() else {**state.slots}
+        if "aggregator" in combined.groups:
+            slots["aggregator"] = combined.groups["aggregator"]
+        return done(replace(state, round=state.round + 1, params=params, slots=slots))
+
+    def trained(self, server: Server, state: ServerState, update: ClientUpdate) -> Tensors | None:
+        """Return the adapter that a client ended the round with, as far as the server knows; None: it does not.
+
+        The aggregation error of a round is measured against the weighted mean of the products of these.
+        """
+        groups = self.broadcast(server, state, update.client).groups
+        if "params" not in groups or "params" not in update.message.groups:
+            return None
+        return tensors.add(groups["params"].tensors, update.message.groups["params"].tensors)
 
     def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
         """Return the loss sums of what this client would use, on its own rows of `split`; only sums leave it."""

@@ -8,6 +8,7 @@ the very rows, that the federated clients take.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from fedloom import tensors
@@ -20,8 +21,11 @@ class Local(Algorithm, name="local"):
 
     regime: ClassVar[str] = "local"
     personal: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
+    own_combine: ClassVar[str] = "nothing is combined"
+    own_step: ClassVar[str] = "the server has nothing to apply"
 
-    def broadcast(self, state: ServerState, client: str) -> Message:
+    def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         return Message()
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
@@ -41,7 +45,7 @@ class Local(Algorithm, name="local"):
         return done(Message())
 
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
-        return done(ServerState(state.round + 1, state.params, state.slots))
+        return done(replace(state, round=state.round + 1))
 
     def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
         return (yield from client.score(self._own(client.memory, client.initial), split))

@@ -14,6 +14,7 @@ for adaptive optimisers are heuristics, and `control_norm` (||c_k||) is logged s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from fedloom import tensors
@@ -58,7 +59,7 @@ class Scaffold(FedAvg, name="scaffold"):
     def init(self, params: Tensors) -> ServerState:
         return ServerState(0, params, {"control": Bundle(tensors.zeros_like(params))})
 
-    def broadcast(self, state: ServerState, client: str) -> Message:
+    def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         return Message({"params": Bundle(state.params), "control": state.slots["control"]})
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
@@ -79,6 +80,6 @@ class Scaffold(FedAvg, name="scaffold"):
 
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
         after = yield from super().step(server, state, combined)
-        share = combined.groups["cohort"].scalars["clients"] / server.clients
+        share = combined.groups["cohort"].scalars["clients"] / len(server.clients)
         control = tensors.add(state.slots["control"].tensors, combined.groups["control"].tensors, alpha=share)
-        return ServerState(after.round, after.params, {**after.slots, "control": Bundle(control)})
+        return replace(after, slots={**after.slots, "control": Bundle(control)})

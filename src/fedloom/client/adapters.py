@@ -7,28 +7,28 @@ one client).
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from copy import copy
+from functools import cache
+from statistics import mode
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 import peft
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedloom import seeds
+from fedloom import baselog, factors, seeds
 from fedloom.client.lora import LoraLinear, Owners, Siblings, Spans
 from fedloom.client.quantize import is_linear
 from fedloom.client.stack import Stack
+from fedloom.factors import Ranks, Scale
 from fedloom.parts import Part
-from fedloom.types import ModelError, Tensors, suggest
+from fedloom.types import Merge, ModelError, Tensors, suggest
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbouring layers that most decoders call with one input; a call with another input is computed alone."""
@@ -43,11 +43,24 @@ class Attached:
         owners: whose tokens the layers see.  scale: rank -> what the low-rank product is multiplied by.
     """
 
-    def __init__(
-        self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig, owners: Owners, scale: Callable[[int], float]
-    ) -> None:
+    def __init__(self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig, owners: Owners, scale: Scale) -> None:
         self.layers, self.config, self.owners, self.scale = dict(layers), config, owners, scale
         self.first = next(iter(self.layers.values()))
+        self._log: tuple[Merge, ...] = ()
+
+    def rebase(self, log: Sequence[Merge]) -> None:
+        """Let the frozen base be the untouched one plus the merges of a base log, whatever it was before.
+
+        The weights are W_0 plus the whole change, rounded once, so they do not depend on the way. The first merge
+        makes a copy of W_0 of every layer that changes; a quantised layer keeps its change beside it.
+        """
+        if len(log) == len(self._log) and all(new is old for new, old in zip(log, self._log, strict=True)):
+            return
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for module in dict.fromkeys([*baselog.modules(log), *baselog.modules(self._log)]):
+                parts = baselog.dense_part(log, module), baselog.low_part(log, module)
+                self.layers[module].shift(*parts)
+        self._log = tuple(log)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return trainable name -> shape: `<module>.lora_A` (r, d_in) and `<module>.lora_B` (d_out, r)."""
@@ -57,9 +70,13 @@ class Attached:
             names[f"{module}.lora_B"] = (layer.d_out, layer.r)
         return names
 
-    def init(self, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return peft's starting point drawn from our own stream: A Kaiming-uniform (a = sqrt 5), B zero."""
-        stream, start = seeds.generator(seed, None, None, "adapter"), {}
+    def init(self, seed: int, dtype: torch.dtype = torch.float32, round_: int | None = None) -> dict[str, Tensor]:
+        """Return peft's starting point drawn from our own stream: A Kaiming-uniform (a = sqrt 5), B zero.
+
+        Args:
+            round_: draws an adapter for one round; None: the one that the run starts from.
+        """
+        stream, start = seeds.generator(seed, round_, None, "adapter"), {}
         for name, shape in self.shapes().items():
             start[name] = torch.zeros(shape, dtype=dtype)
             if name.endswith("lora_A"):
@@ -116,12 +133,14 @@ class Attached:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within the context the model computes as the untouched base."""
-        before = self.first.enabled
+        before, log = self.first.enabled, self._log
+        self.rebase(())
         for layer in self.layers.values():
             layer.enabled = False
         try:
             yield
         finally:
+            self.rebase(log)
             for layer in self.layers.values():
                 layer.enabled = before
 
@@ -143,7 +162,7 @@ class Attached:
             model: the resident model that the layers are in.
             params: the adapter, names as in `shapes()`.
         """
-        check_fit(params, self.shapes())
+        check_fit(params, self.shapes(), any_rank=True)
         state = {}
         for name, value in model.state_dict().items():
             state[name.replace(".base.", ".")] = value
@@ -153,6 +172,30 @@ class Attached:
             weight = state[f"{module}.weight"]
             state[f"{module}.weight"] = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         return state
+
+
+def described(config: peft.LoraConfig, params: Tensors, scale: Scale) -> peft.LoraConfig:
+    """Return peft's configuration of an adapter whose modules may have any rank.
+
+    Args:
+        config: of the recipe's adapter.  params: the adapter.  scale: rank -> what its products are multiplied by.
+    """
+    found = factors.pairs(params, scale)
+    told = copy(config)
+    root = math.sqrt if config.use_rslora else float
+    alphas = {module: pair.scale * root(pair.rank) for module, pair in found.items()}
+    told.r = mode(pair.rank for pair in found.values())
+    told.rank_pattern = {module: pair.rank for module, pair in found.items() if pair.rank != told.r}
+    told.alpha_pattern = {m: alpha for m, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)}
+    return told
+
+
+def _ends(module: str, ending: str) -> bool:
+    return module == ending or module.endswith("." + ending)
+
+
+def _by_ending(ranks: Mapping[str, int], module: str, default: int) -> int:
+    return next((rank for ending, rank in ranks.items() if _ends(module, ending)), default)
 
 
 def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], any_rank: bool = False) -> None:
@@ -188,6 +231,18 @@ class Adapter(Part, family=True):
         """Put the adapter's layers into `model`, in place, once; `reference` selects the plain, slower arithmetic."""
         raise NotImplementedError
 
+    def lora_ranks(self, attached: Attached, clients: Sequence[str]) -> Ranks | None:
+        """Return what is known of LoRA ranks; None: the adapter has no LoRA factors.
+
+        Args:
+            clients: all of the run, in client order.
+        """
+        return None
+
+
+Rank: TypeAlias = PositiveInt | dict[str, PositiveInt]
+"""A rank for all modules, or module name ending -> rank; modules that none names have the global rank."""
+
 
 class Lora(Adapter, name="lora"):
     """Low-rank adaptation (arXiv 2106.09685): W + s B A with s = alpha / r, or alpha / sqrt r (arXiv 2312.03732)."""
@@ -204,6 +259,56 @@ class Lora(Adapter, name="lora"):
     """`all-linear` (every linear layer but the output head) or name endings such as [q_proj, v_proj]."""
     rslora: bool = False
     """Rank-stabilised scale alpha / sqrt r."""
+    ranks: tuple[Rank, ...] | dict[str, Rank] = ()
+    """Ranks of the clients where they differ, none above `r`: a list is dealt out in client order, over and over; a
+    mapping names clients. One entry is a number, or name endings of modules with their ranks."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        entries = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        largest = max((max(one.values()) if isinstance(one, dict) else one for one in entries), default=0)
+        if largest > self.r:
+            raise ValueError(
+                f"adapter.ranks holds rank {largest}, above adapter.r={self.r}, the rank of the global adapter; raise "
+                "adapter.r or lower it"
+            )
+        return self
+
+    def lora_ranks(self, attached: Attached, clients: Sequence[str]) -> Ranks:
+        modules, places = list(attached.layers), {name: i for i, name in enumerate(clients)}
+        self._check_ranks(modules, clients)
+
+        @cache
+        def as_told(index: int | str) -> Mapping[str, int]:
+            one = self.ranks[index]  # type: ignore[index]
+            return {module: one if isinstance(one, int) else _by_ending(one, module, self.r) for module in modules}
+
+        whole = dict.fromkeys(modules, self.r)
+
+        def of(client: str) -> Mapping[str, int]:
+            if isinstance(self.ranks, dict):
+                return as_told(client) if client in self.ranks else whole
+            return as_told(places.get(client, 0) % len(self.ranks)) if self.ranks else whole
+
+        return Ranks(whole, of, self.scale)
+
+    def _check_ranks(self, modules: Sequence[str], clients: Sequence[str]) -> None:
+        entries = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        lost = {
+            end for one in entries if isinstance(one, dict) for end in one if not any(_ends(m, end) for m in modules)
+        }
+        if lost:
+            known = sorted({module.rpartition(".")[2] for module in modules})
+            raise ModelError(
+                f"adapter.ranks: no adapted module is named {', '.join(sorted(map(repr, lost)))}; modules: "
+                f"{', '.join(known)}"
+            )
+        strangers = sorted(set(self.ranks) - set(clients)) if isinstance(self.ranks, dict) else []
+        if strangers:
+            raise ModelError(
+                f"adapter.ranks: there is no client {strangers[0]!r}{suggest(strangers[0], clients)}; clients: "
+                f"{', '.join(list(clients)[:10])}"
+            )
 
     def config(self) -> peft.LoraConfig:
         """Return peft's configuration of the same adapter."""
@@ -265,57 +370,3 @@ class Lora(Adapter, name="lora"):
         for name in names:
             LoraLinear.check(name, model.get_submodule(name))
         return names
-
-
-def save_peft(folder: Path, params: Tensors, config: peft.LoraConfig, base: str) -> None:
-    """Write `params` as a PEFT adapter folder that `peft.PeftModel.from_pretrained` loads.
-
-    Args:
-        folder: created if absent; files of the same names are replaced.
-        params: live name -> tensor, as `Attached.shapes` names them.
-        config: the adapter's configuration.
-        base: name of the base model, written into the adapter's configuration.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = {f"base_model.model.{name}.weight": t.detach().cpu().contiguous() for name, t in sorted(params.items())}
-    # written here, since `save_file` reports a full disk as a SafetensorError without its cause
-    (folder / "adapter_model.safetensors").write_bytes(save(saved, metadata={"format": "pt"}))
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.save_pretrained(str(folder))
-
-
-def load_peft(folder: Path, like: peft.LoraConfig | None = None) -> dict[str, Tensor]:
-    """Read the tensors of a PEFT LoRA folder under their live names.
-
-    Args:
-        folder: the PEFT folder.
-        like: the configuration that its rank and scale must be those of; None: not checked.
-
-    Raises:
-        ModelError: the folder holds no safetensors LoRA adapter, or one of another rank or scale.
-    """
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
-        )
-        raise ModelError(f"{folder} holds no adapter_model.safetensors{pickled}; a run folder's adapter/ is one")
-    if like is not None:
-        _check_scale(folder, like)
-    try:
-        saved: dict[str, Any] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-    return {name.removeprefix("base_model.model.").removesuffix(".weight"): t for name, t in saved.items()}
-
-
-def _check_scale(folder: Path, like: peft.LoraConfig) -> None:
-    """Refuse an adapter whose numbers would mean something else under the recipe's configuration."""
-    try:
-        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
-    pairs = {"r": like.r, "lora_alpha": like.lora_alpha, "use_rslora": like.use_rslora}
-    odd = [f"{k} is {found.get(k)!r}, the recipe's {v!r}" for k, v in pairs.items() if found.get(k, False) != v]
-    if odd:
-        raise ModelError(f"{folder}: {'; '.join(odd)}; set adapter.r, adapter.alpha and adapter.rslora to its values")

@@ -73,19 +73,24 @@ def fit(bench: Bench, jobs: Sequence[Job]) -> list[Fitted]:
     stack = bench.attached.load([job.effect.start for job in jobs], effect.trainable)
     lanes = [_Lane(job, bench, lr, stack, k) for k, job in enumerate(jobs)]
     final: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, Bundle] = {}
     work = _first_order if effect.order == "first" else _zeroth_order
     with checkpointed(bench.model, trainer.checkpointing is True and effect.order == "first"):
         while True:
             done = [k for k, lane in enumerate(lanes) if not lane.job.on()]
             if done:
                 final.update({lanes[k].job.client: stack.values(k) for k in done})
+                states.update({lanes[k].job.client: lanes[k].state() for k in done})
                 lanes = _narrow(bench, stack, lanes, done)
             if not lanes:
                 break
             work(bench, stack, lanes)
             for lane in lanes:
                 lane.finish_step(bench)
-    return [Fitted(final[j.client], j.taken, lr, j.examples, j.tokens, tuple(j.losses), tuple(j.slopes)) for j in jobs]
+    return [
+        Fitted(final[j.client], j.taken, lr, j.examples, j.tokens, tuple(j.losses), tuple(j.slopes), states[j.client])
+        for j in jobs
+    ]
 
 
 class _Lane:
@@ -100,6 +105,16 @@ class _Lane:
         self.correct = None if correct is None else stack.pack(correct.tensors, self.row.device, self.row.dtype)
         self.where = correct.where if correct is not None else None
         self.move(stack, k)
+        if job.effect.optimizer_state is not None and job.effect.optimizer_state.tensors:
+            kept = {name: t.clone() for name, t in job.effect.optimizer_state.tensors.items()}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {0: kept}})
+
+    def state(self) -> Bundle:
+        """Return what the optimiser keeps, where it was asked for, on the CPU."""
+        if self.job.effect.optimizer_state is None:
+            return Bundle()
+        kept = self.optimizer.state_dict()["state"].get(0, {})
+        return Bundle({name: t.detach().cpu().clone() for name, t in kept.items() if t is not None})
 
     def move(self, stack: Stack, k: int) -> None:
         """Take place k of the stack, whose row holds this client's values."""
@@ -221,6 +236,25 @@ def _batches(bench: Bench, jobs: Sequence[Job]) -> list[Batch]:
         )
         for one in cut
     ]
+
+
+def gradient(bench: Bench, rows: Rows, params: Tensors) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss (over all labels) of an adapter on some rows, on the CPU.
+
+    Args:
+        rows: those that count.  params: where the gradient is taken.
+    """
+    stack = bench.attached.load([params])
+    stack.zero_grad()
+    job = Job("", 0, rows, Fit(params), steps=[list(range(len(rows)))], lengths=rows.lengths())
+    batches = _batches(bench, [job])
+    counts = _counts(bench, batches)
+    with torch.enable_grad():
+        for batch in batches:
+            with bench.attached.owned(batch.spans), by_piece(bench.model) if batch.pieces else nullcontext():
+                losses = bench.objective.losses(bench.model, batch, bench.reference)
+                stack.backward((losses / counts.to(losses.device, losses.dtype)).sum())
+    return {name: t.detach().cpu().clone() for name, t in zip(stack.moving, stack.grads(0), strict=True)}
 
 
 @torch.inference_mode()

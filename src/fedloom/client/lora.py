@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.client.quantize import dense, is_linear, shape
+from fedloom.client.quantize import Quantised, dense, is_linear, shape
+from fedloom.factors import Factors
 from fedloom.types import ModelError
 
 Spans: TypeAlias = tuple[int, ...] | None
@@ -161,6 +162,7 @@ class LoraLinear(nn.Module):
         enabled: False computes the base alone.
         streams: one generator a client while training with dropout; empty means no dropout.
         siblings: the layers that are computed together with this one; None: it stands alone.
+        change: what is added to a quantised weight: factors (d_out, r), (r, d_in), and a dense (d_out, d_in).
     """
 
     a: Tensor
@@ -176,6 +178,8 @@ class LoraLinear(nn.Module):
         self.enabled = False
         self.streams: tuple[torch.Generator, ...] = ()
         self.siblings: Siblings | None = None
+        self.change: tuple[Tensor, ...] = ()
+        self._untouched: Tensor | None = None
 
     @staticmethod
     def check(name: str, module: nn.Module) -> None:
@@ -187,7 +191,29 @@ class LoraLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the frozen weight as (d_out, d_in)."""
-        return self.base.weight.T if isinstance(self.base, Conv1D) else dense(self.base)
+        weight: Tensor = self.base.weight.T if isinstance(self.base, Conv1D) else dense(self.base)
+        for i in range(0, len(self.change) - 1, 2):
+            weight = torch.addmm(weight, self.change[i], self.change[i + 1])
+        return weight + self.change[-1] if len(self.change) % 2 else weight
+
+    def shift(self, dense_part: Tensor | None, low: Factors | None) -> None:
+        """Let the frozen weight be the untouched one plus a dense and a low-rank change, rounded once; None: nothing.
+
+        A quantised weight stays as it is, and the change beside it.
+        """
+        if isinstance(self.base, Quantised):
+            kept = [low.b * low.scale, low.a] if low is not None else []
+            kept += [dense_part] if dense_part is not None else []
+            self.change = tuple(t.to(self.base.weight.device, self.base.dtype) for t in kept)
+            return
+        weight: Tensor = self.base.weight.data  # type: ignore[assignment]
+        if self._untouched is None:
+            self._untouched = weight.clone()
+        parts = [part for part in (dense_part, low.product() if low is not None else None) if part is not None]
+        total = self._untouched
+        for part in parts:
+            total = total + (part.T if isinstance(self.base, Conv1D) else part).to(weight.device)
+        weight.copy_(total)
 
     def delta(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """Return s B A in the layout of the base weight, for one client: a (r, d_in), b (d_out, r)."""
@@ -206,7 +232,7 @@ class LoraLinear(nn.Module):
         return fused(x, (self,))[0]
 
     def _plain(self, x: Tensor, dropping: bool) -> Tensor:
-        y = self.base(x)
+        y = functional.linear(x, self.weight(), self.base.bias) if self.change else self.base(x)  # type: ignore[arg-type]
         # the reference path computes as peft does: activations rise to the factors' dtype
         dtype = self.a.dtype if self.exact else x.dtype
         low = x.reshape(-1, self.d_in).to(dtype)
@@ -219,7 +245,7 @@ class LoraLinear(nn.Module):
                 functional.linear(functional.linear(part, self.a[k].to(dtype)), self.b[k].to(dtype)) * self._scale(k)
             )
         low = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return (y + low.view(y.shape)).to(y.dtype)  # type: ignore[no-any-return]
+        return (y + low.view(y.shape)).to(y.dtype)
 
     def _scale(self, k: int) -> float | Tensor:
         return self.scale[k] if isinstance(self.scale, Tensor) else self.scale

@@ -61,6 +61,7 @@ class RegimeView:
 
     def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Return greedy answers."""
+        self.engine.at(self.state)
         return self.engine.generate(params, prompts, max_new_tokens)
 
     def _trained(self) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom import seeds, tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
+from fedloom.attacks import Attack
 from fedloom.checkpoint import MemoryStore
 from fedloom.client import fit, generate
 from fedloom.client.trainer import Bench, Rows
 from fedloom.data.encode import Encoded
 from fedloom.data.splits import ClientData
+from fedloom.runtime.aggregation import AggregationError
 from fedloom.tracking import Cohort, RoundReport, Sink, Trained
 from fedloom.types import (
     Bundle,
@@ -30,7 +32,9 @@ from fedloom.types import (
     Fit,
     Fitted,
     Generate,
+    Gradient,
     Memory,
+    Merge,
     Message,
     Score,
     ServerState,
@@ -53,6 +57,7 @@ class Stage:
     Attributes:
         clients: who may be asked to train, score or generate -> its rows; `public` are the server's rows.
         initial: the adapter that everybody starts from.
+        attacks: who forges its updates, and how.
         rounds: of the whole run.
     """
 
@@ -65,6 +70,7 @@ class Stage:
     clients: Mapping[str, ClientData]
     public: np.ndarray
     initial: Tensors
+    attacks: tuple[Attack, ...]
     memories: MemoryStore
     rounds: int
     sink: Sink
@@ -85,10 +91,12 @@ class Errands:
 
     Attributes:
         clients: the cohort, in client order.  make: a client of it -> its errand.
+        base: the base log that all of them train on.
     """
 
     clients: Sequence[str]
     make: Callable[[str], Errand]
+    base: tuple[Merge, ...] = ()
 
     def chunks(self, size: int) -> list[Sequence[str]]:
         """Return the cohort in runs of `size` clients, as they are trained in one pass; the last may be shorter."""
@@ -163,7 +171,10 @@ class Engine:
         crew.ready()
         stage, tally, began = self.stage, _Tally(), time.perf_counter()
         stage.sink.on(Cohort(state.round, cohort))
-        updates = self._updates(crew, state, cohort, tally)
+        self.at(state)
+        state = self.drive(stage.algorithm.prepare(stage.server, state), None, state.round)
+        error = AggregationError(stage.algorithm, stage.server, state)
+        updates = error.watched(self._attacked(state, self._updates(crew, state, cohort, tally)))
         first = next(updates, None)
         if first is None:
             raise Stopped(
@@ -175,7 +186,9 @@ class Engine:
         for i, transform in enumerate(stage.transforms):
             combined = transform.finish(combined, self._stream(state.round, None, f"finish:{i}"))
         after = self.drive(stage.algorithm.step(stage.server, state, combined), None, state.round)
-        return after, self._report(after, tally, time.perf_counter() - began)
+        if stage.algorithm.tells_missed:
+            after = replace(after, seen={**state.seen, **dict.fromkeys(tally.metrics, state.round)})
+        return after, self._report(after, tally, error.against(after), time.perf_counter() - began)
 
     def train(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
         """Run some clients' halves of one round, side by side."""
@@ -200,12 +213,22 @@ class Engine:
         """Return what `name` sees in round `round_`."""
         examples = len(self.stage.clients[name].train)
         kept = self.stage.memories.load(name) if memory is None else memory
-        return Client(name, round_, kept, examples, self.stage.algorithm.weight(examples), self.stage.initial)
+        stage, server = self.stage, self.stage.server
+        weight, initial, draw = stage.algorithm.weight(examples), stage.initial, server.draw
+        if server.lora is not None and stage.algorithm.mixed_ranks:
+            ranks = server.lora
+            initial, draw = ranks.cut(initial, name), lambda round_: ranks.cut(server.draw(round_), name)
+        return Client(name, round_, kept, examples, weight, initial, draw, server.lora)
+
+    def at(self, state: ServerState) -> None:
+        """Let the resident base be that of a state."""
+        self.stage.bench.attached.rebase(state.base)
 
     def evaluate(self, state: ServerState, name: str, split: Split) -> Bundle:
         """Return the loss sums of what client `name` would use, on its own rows."""
         algorithm = self.stage.algorithm
-        message = Message(codec.decode(codec.encode(algorithm.broadcast(state, name).groups)))
+        self.at(state)
+        message = Message(codec.decode(codec.encode(algorithm.broadcast(self.stage.server, state, name).groups)))
         return self.drive(algorithm.evaluate(self.client(name, state.round), message, split), name, state.round)
 
     def drive(self, steps: Steps[T], client: str | None, round_: int) -> T:
@@ -240,6 +263,10 @@ class Engine:
                 return fit.score(self.stage.bench, self.rows(client, effect.split), effect.params)
             case Generate():
                 return self.generate(effect.params, effect.prompts, effect.max_new_tokens)
+            case Gradient():
+                rows = self.rows(client, "train")
+                first = Rows(rows.encoded, rows.indices[: effect.examples])
+                return fit.gradient(self.stage.bench, first, effect.params)
         raise TypeError(f"{type(effect).__name__} is no effect that is performed alone")
 
     def _fit(self, who: Mapping[int, str | None], effects: Mapping[int, Fit], round_: int) -> dict[int, Fitted]:
@@ -277,7 +304,10 @@ class Engine:
         stage = self.stage
         errands = Errands(
             cohort,
-            lambda name: Errand(name, _sealed(stage.algorithm.broadcast(state, name)), stage.memories.load(name)),
+            lambda name: Errand(
+                name, _sealed(stage.algorithm.broadcast(stage.server, state, name)), stage.memories.load(name)
+            ),
+            state.base,
         )
         for reply in crew.replies(state.round, errands):
             tally.fit_seconds += reply.fit_seconds
@@ -295,7 +325,15 @@ class Engine:
                 update = transform.decode(update)
             yield update
 
-    def _report(self, after: ServerState, tally: _Tally, seconds: float) -> RoundReport:
+    def _attacked(self, state: ServerState, updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
+        """Let attackers replace their updates."""
+        stage = self.stage
+        for i, attack in enumerate(stage.attacks):
+            around = stage.algorithm.around(stage.server, state)
+            updates = attack.forge(updates, around, state.round, self._stream(state.round, None, f"attack:{i}"))
+        return updates
+
+    def _report(self, after: ServerState, tally: _Tally, error: float | None, seconds: float) -> RoundReport:
         valid = [m for name, m in tally.metrics.items() if name not in tally.rejected]
         tokens = sum(m["tokens"] for m in valid)
         return RoundReport(
@@ -310,6 +348,7 @@ class Engine:
             bytes_up=tally.bytes_up,
             seconds=seconds,
             fit_seconds=tally.fit_seconds,
+            aggregation_error=error,
         )
 
     def _stream(self, round_: int, client: str | None, purpose: str) -> Any:

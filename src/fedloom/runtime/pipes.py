@@ -1,7 +1,7 @@
 """What a run and its worker processes say to each other: frames of a JSON header and raw bytes, never a pickle.
 
     to a worker      start: the recipe as text, and what else it needs to build its world
-                     train: some clients' errands in one round
+                     base: merges into the base weights that it lacks · train: some clients' errands in one round
     from a worker    ready: with a fingerprint of its rows · step: one optimiser step · done: the replies to the last
                      `train` · error: what went wrong
 

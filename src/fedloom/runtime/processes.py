@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import PositiveInt
 
-from fedloom import types
+from fedloom import baselog, types
 from fedloom.client.memory import free_bytes
 from fedloom.client.trainer import step_rows
 from fedloom.parts import Record
@@ -35,6 +35,7 @@ from fedloom.runtime.spill import Spill
 from fedloom.runtime.team import Team, Worker, speaking
 from fedloom.tracking import Phase, Warned
 from fedloom.types import FedloomError, SiteError, Stopped
+from fedloom.wire import codec
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -65,6 +66,11 @@ class ProcessesRuntime(Runtime, name="processes"):
         yield from super().conflicts(recipe)
         if self.shard > 1 and recipe.model.quantize != "none":
             yield f"runtime.shard={self.shard} cannot cut quantised weights; set model.quantize=none or runtime.shard=1"
+        if self.shard > 1 and recipe.algorithm.changes_base:
+            yield (
+                f"runtime.shard={self.shard} cannot change the weights that it cut, as algorithm="
+                f"{recipe.algorithm.part_name} does; set runtime.shard=1"
+            )
         if self.shard > 1 and recipe.model.compile:
             yield f"runtime.shard={self.shard} cannot cut compiled layers; set model.compile=false or runtime.shard=1"
         if odd := next((part for part in _parts(recipe) if type(part).__module__ == "__main__"), None):
@@ -75,7 +81,7 @@ class ProcessesRuntime(Runtime, name="processes"):
 
     def crew(self, engine: Engine, recipe: Recipe) -> Crew:
         size = 1 if self.cohort == "auto" else self.cohort
-        cohort = recipe.sampler.cohort(0, [""] * engine.stage.server.clients, recipe.seed)
+        cohort = recipe.sampler.cohort(0, engine.stage.server.clients, recipe.seed)
         chunks = -(-len(cohort) // size)
         if chunks == 1 and self.shard == 1:  # a worker would only do what this process can do itself
             return LocalCrew(engine, size)
@@ -202,6 +208,9 @@ class ProcessesCrew:
                     team.chunk = current.due.pop(0)
                     team.clients = current.chunks[team.chunk]
                     errands = [current.errands.make(name) for name in team.clients]
+                    if merges := baselog.news(current.errands.base, team.base):
+                        team.say(Frame("base", {}, [codec.encode(merges)]))
+                    team.base = current.number
                     team.say(pipes.train(team.chunk, current.number, errands))
             of = {worker: team for team in self.teams for worker in team.workers}
             for worker in speaking(of, None if waits else 0.0):

@@ -124,12 +124,14 @@ class Team:
     Attributes:
         name: what people call it.  workers: the first one speaks for all.
         chunk: the number of the chunk that it trains; None: it is free.  clients: of that chunk.
+        base: finished rounds when it was last told of the base log; None: never.
     """
 
     name: str
     workers: list[Worker] = field(default_factory=list)
     chunk: int | None = None
     clients: Sequence[str] = ()
+    base: int | None = None
 
     def say(self, frame: Frame) -> None:
         """Send a frame to every worker."""

@@ -16,13 +16,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
+from fedloom import baselog
 from fedloom import recipe as recipes
 from fedloom.checkpoint import MemoryStore
 from fedloom.runtime import pipes
 from fedloom.runtime.engine import Engine
 from fedloom.runtime.pipes import Frame
 from fedloom.tracking import Event, Sink, Step
-from fedloom.types import FedloomError
+from fedloom.types import FedloomError, Merge, Message
+from fedloom.wire import codec
 from fedloom.world import prepare, set_stage
 
 
@@ -75,8 +77,13 @@ def _listen(pipe: Connection, inbox: SimpleQueue[Frame]) -> None:
 def _serve(speaker: Speaker, inbox: SimpleQueue[Frame]) -> None:
     engine, speaks = _build(inbox.get(), speaker)
     speaker.say(Frame("ready", {"fingerprint": pipes.fingerprint(engine.stage)}))
+    base: tuple[Merge, ...] = ()
     while True:
         asked = inbox.get()
+        if asked.kind == "base":
+            base = baselog.received(base, Message(codec.decode(asked.blobs[0])))
+            engine.stage.bench.attached.rebase(base)
+            continue
         errands = pipes.errands(asked)
         replies = engine.train(asked.head["round"], errands)
         seconds = sum(reply.fit_seconds for reply in replies)

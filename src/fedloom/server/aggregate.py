@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedloom.parts import Part
-from fedloom.types import Bundle, ClientUpdate, Message
+from fedloom.types import Bundle, ClientUpdate, Message, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What an aggregator may know beside the updates.
+
+    Attributes:
+        params: the global weights that the updates change.
+        scale: rank -> scale of LoRA factors; None: the adapter has none.
+        kept: what it returned as group `aggregator` in the round before; empty before the first.
+        stream: its random stream of the round.
+    """
+
+    params: Tensors
+    scale: Callable[[int], float] | None
+    kept: Bundle
+    stream: torch.Generator
 
 
 class Aggregator(Part, family=True):
-    """Combines updates into one message; group `cohort` of the result holds `clients` and `weight` as scalars."""
+    """Combines updates into one message.
 
-    def combine(self, updates: Iterable[ClientUpdate]) -> Message:
+    Group `cohort` of the result holds `clients` and `weight` as scalars; what must outlive the round goes into group
+    `aggregator`.
+    """
+
+    def conflicts(self, clients: int) -> Iterable[str]:
+        """Yield why it cannot combine the updates of so many clients, one sentence each."""
+        return ()
+
+    def combine(self, updates: Iterable[ClientUpdate], around: Around) -> Message:
         """Combine updates, which come in client order.
 
         Raises:
@@ -30,7 +56,7 @@ class Mean(Aggregator, name="mean"):
     exactly themselves, and one update gives exactly itself.
     """
 
-    def combine(self, updates: Iterable[ClientUpdate]) -> Message:
+    def combine(self, updates: Iterable[ClientUpdate], around: Around) -> Message:
         mean: dict[str, dict[str, Tensor]] = {}
         total, count = 0.0, 0
         for update in updates:
