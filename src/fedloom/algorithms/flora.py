@@ -1,7 +1,8 @@
 """FLoRA (Wang et al., arXiv 2409.05976): stacking instead of averaging, exact for any ranks.
 
     client k:  from a fresh adapter (A random, B = 0), on W^t
-    server:    A = [p_1 s_1 A_1; ...; p_K s_K A_K],  B = [B_1 ... B_K],  W^{t+1} = W^t + B A = W^t + sum_k p_k s_k B_k A_k
+    server:    A = [p_1 s_1 A_1; ...; p_K s_K A_K],  B = [B_1 ... B_K]
+               W^{t+1} = W^t + B A = W^t + sum_k p_k s_k B_k A_k
 
 On the wire: up b r_k (d_in + d_out) a layer; down the stack of every round that the client lacks, b (sum_k r_k) (d_in +
 d_out) for a client of the round before. The fresh adapter is drawn by everybody from the seed and the round.
