@@ -28,7 +28,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import harness
 
-ALLOCATORS = {"system": {"FEDLOOM_ALLOCATOR": "off"}, "fast": {}}
+SYSTEM = {"FEDLOOM_ALLOCATOR": "off"}
 
 
 def ours(asked: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def main() -> None:
     results = {}
     for kind in asked.only:
         title, _, memory = KINDS[kind]
-        env = fast if memory == "fast" else ALLOCATORS["system"]
+        env = fast if memory == "fast" else SYSTEM
         print(f"{title} ...", file=sys.stderr, flush=True)
         results[kind] = {"title": title, **harness.child([__file__, "--kind", kind, *knobs], env)}
         print(json.dumps(results[kind]), file=sys.stderr, flush=True)

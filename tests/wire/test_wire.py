@@ -84,3 +84,13 @@ def test_clip_bounds_the_joint_norm() -> None:
     kept, _ = Clip(norm=100.0).encode(update, {}, torch.Generator())
     assert kept.message == update.message
     assert math.isclose(tensors.norm(update.message.groups["params"].tensors), 10.0)
+
+
+def test_a_tensor_may_stand_in_two_groups() -> None:
+    """One tensor in two groups, and two views of one buffer, are written twice."""
+    buffer = torch.arange(6.0)
+    groups = {"a": Bundle({"x": buffer, "y": buffer[2:5]}), "b": Bundle({"x": buffer})}
+    back = codec.decode(codec.encode(groups))
+    assert torch.equal(back["a"].tensors["x"], buffer)
+    assert torch.equal(back["a"].tensors["y"], buffer[2:5])
+    assert torch.equal(back["b"].tensors["x"], buffer)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
@@ -29,7 +30,16 @@ def encode(groups: Mapping[str, Bundle]) -> bytes:
     """
     if odd := [group for group in groups if "/" in group]:
         raise ValueError(f"group names hold no slash: {odd}")
-    tensors = {f"{g}/{n}": t.detach().cpu().contiguous() for g, b in groups.items() for n, t in b.tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for group, bundle in groups.items():
+        for name, t in bundle.tensors.items():
+            place = t.untyped_storage().data_ptr()
+            t = t.detach().cpu()
+            # safetensors refuses tensors that share memory, such as one that stands in two groups
+            again = place in seen
+            tensors[f"{group}/{name}"] = t.clone(memory_format=torch.contiguous_format) if again else t.contiguous()
+            seen.add(place)
     rest = {g: {"scalars": dict(b.scalars), "texts": dict(b.texts)} for g, b in groups.items()}
     # one key: safetensors writes several in an order that differs from call to call
     data: bytes = save_bytes(tensors, metadata={"fedloom": json.dumps({"format": FORMAT, "groups": rest})})
