@@ -20,7 +20,8 @@ KINDS = [
 @pytest.mark.parametrize("algorithm", ["fedavg", "flora"])
 def test_a_run_on_a_quantised_base(tiny_folder: Path, tmp_path: Path, kind: str, algorithm: str) -> None:
     """The loss falls, the run repeats bit for bit, and what was merged counts: the loss is that of `adapter/`."""
-    changes = {"model": {"quantize": kind}, "algorithm": algorithm, "rounds": 2, "evaluate": ["loss"], "sampler": {"count": 2}}
+    short = {"rounds": 2, "evaluate": ["loss"], "sampler": {"count": 2}}
+    changes = {"model": {"quantize": kind}, "algorithm": algorithm, **short}
     first = run(tiny_folder, tmp_path / "a", **changes)
     again = run(tiny_folder, tmp_path / "b", **changes)
     assert same(adapter(first), adapter(again))

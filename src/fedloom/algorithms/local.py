@@ -23,7 +23,6 @@ class Local(Algorithm, name="local"):
     personal: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
     own_combine: ClassVar[str] = "nothing is combined"
-    own_step: ClassVar[str] = "the server has nothing to apply"
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         return Message()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedloom.parts import Part
+    from fedloom.recipe import Recipe
 
 
 def show(
@@ -66,7 +67,12 @@ def _print_yaml(console: Console, text: str) -> None:
 
 
 def list_parts(
-    family: Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="One family, such as algorithm.")] = None,
+    family: Annotated[
+        str | None, typer.Argument(metavar="[FAMILY]", help="One family, such as aggregator; or algorithms.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Tell the bytes of algorithms with this recipe's model.")
+    ] = None,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
@@ -77,6 +83,8 @@ def list_parts(
     fedloom list
 
     fedloom list algorithm
+
+    fedloom list algorithms --recipe demo
     """
     from rich.console import Console
     from rich.text import Text
@@ -85,6 +93,11 @@ def list_parts(
     from fedloom.types import RecipeError, suggest
 
     console, found = Console(), families()
+    if family == "algorithms":
+        _algorithms(console, None if recipe is None else recipes.load(recipe))
+        return
+    if recipe is not None:
+        raise RecipeError("--recipe goes with `fedloom list algorithms`, whose bytes it tells")
     if family is not None and family not in found:
         raise RecipeError(f"there is no family {family!r}{suggest(family, found)}; families: {', '.join(found)}")
     if family is None:
@@ -96,6 +109,30 @@ def list_parts(
         _print(console, name, rows)
     if family is None:
         console.print(Text("fedloom show RECIPE prints a recipe with every key.", "dim"))
+
+
+def _algorithms(console: Console, recipe: Recipe | None) -> None:
+    """Print what each algorithm sends, keeps, costs and goes together with."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedloom.cli import algorithms
+
+    heads, rows = algorithms.table(recipe)
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, head in enumerate(heads):
+        right = head in algorithms.BYTES
+        grid.add_column(
+            head, style="cyan" if i == 0 else "", no_wrap=i < 2 or right, justify="right" if right else "left"
+        )
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console.print(grid)
+    console.print(
+        Text("\nA, B: the LoRA factors. Bytes: tensors of one client's message in a round after the first.", "dim")
+    )
+    for name, why in algorithms.misfits(recipe) if recipe is not None else ():
+        console.print(Text.assemble((name, "cyan"), (f" does not fit this recipe: {why}", "dim")))
 
 
 def _print(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:

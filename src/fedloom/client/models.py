@@ -157,6 +157,21 @@ def load_model(spec: Model, notify: Notify = ignore) -> Loaded:
     return Loaded(model, tokenizer, quantizing.count(model), resolved.place.source, resolved.spec)
 
 
+def skeleton(spec: Model, notify: Notify = ignore) -> PreTrainedModel:
+    """Return the model's layers without any weight (on the `meta` device): its shapes cost neither memory nor time.
+
+    Raises:
+        ModelError, RecipeError: as `load_model`, before the weights are read.
+    """
+    resolved = _resolve(spec, notify)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            resolved.config, dtype=DTYPES[resolved.spec.dtype], trust_remote_code=spec.trust_remote_code
+        )
+    model.name_or_path = spec.name
+    return model.requires_grad_(False).eval()
+
+
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Return the backbone's last hidden states [batch, tokens, hidden], from which `logits` goes on.
 
