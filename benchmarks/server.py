@@ -58,9 +58,7 @@ def measure(name: str, count: int) -> dict[str, Any]:
         "aggregation_error": found,
         "peak_gb": round(peak, 2),
         "more_gb": round(peak - before, 2),
-        "updates_gb": round(
-            sum(t.nbytes for u in updates for g in u.message.groups.values() for t in g.tensors.values()) / 1e9, 2
-        ),
+        "updates_gb": round(sum(nbytes(g.tensors) for u in updates for g in u.message.groups.values()) / 1e9, 2),
     }
 
 

@@ -1,4 +1,4 @@
-"""Ten ways to federate LoRA at equal rank, and those that take mixed ranks with them too: one split, one seed, one table.
+"""Ten ways to federate LoRA at equal rank, those that take mixed ranks with them too: one split, one seed, one table.
 
     python examples/compare_methods.py [--rounds 5] [--rows 40] [--model smollm2-135m] [--out runs/methods]
 

@@ -29,7 +29,7 @@ def table(recipe: Recipe | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     if recipe is not None:
         names = [f"client-{i + 1}" for i in range(recipe.data.clients)]
         clients = recipe.sampler.cohort(0, names, recipe.seed)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, kind in sorted(Algorithm.known.items()):
         assert issubclass(kind, Algorithm)
         base = recipe or Recipe()
@@ -38,7 +38,8 @@ def table(recipe: Recipe | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         others = partners(kind) if found.up else []
         row = (name, found.paper, told(found.shares), told(found.keeps), ", ".join(others))
         rows.append(row if recipe is None else (*row, human_bytes(int(found.down)), human_bytes(int(found.up))))
-    return (HEADS if recipe is None else (*HEADS, *BYTES)), rows
+    heads: tuple[str, ...] = HEADS if recipe is None else (*HEADS, *BYTES)
+    return heads, rows
 
 
 def told(groups: Mapping[str, set[str]]) -> str:
