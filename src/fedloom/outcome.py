@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from fedloom import baselog, factors
@@ -57,6 +58,8 @@ class Totals:
     evaluate_seconds: float = 0.0
     setup_seconds: float = 0.0
     wall_seconds: float = 0.0
+    flops: float = 0.0
+    energy_joules: float | None = None
     loss_first: float = math.nan
     loss_last: float = math.nan
     best: float = -math.inf
@@ -75,6 +78,7 @@ class Totals:
         self.examples += report.examples
         self.fit_seconds += report.fit_seconds
         self.round_seconds += report.seconds
+        self.flops += report.flops
         self.loss_first = report.loss if report.round == 1 else self.loss_first
         self.loss_last = report.loss
 
@@ -196,6 +200,8 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "round_seconds": totals.round_seconds,
         "fit_seconds": totals.fit_seconds,
         "evaluate_seconds": totals.evaluate_seconds,
+        "flops": totals.flops,
+        "energy_joules": totals.energy_joules,
         "peak_rss_bytes": peak_rss(),
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
         "trainable_parameters": world.parameters(),
@@ -203,6 +209,7 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "source": world.assets.federation.source,
         "rows_left_out": asdict(world.assets.federation.left),
         "adapter_sha256": totals.adapter_sha256,
+        "machine": machine(str(world.assets.loaded.model.device)),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 
@@ -210,6 +217,19 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json at once or not at all."""
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures of time and memory were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": names[0] if names else platform.processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+    }
 
 
 def peak_rss() -> int:

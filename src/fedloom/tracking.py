@@ -46,6 +46,7 @@ class RoundReport:
         tokens: trained tokens.  examples: trained rows.  bytes_down, bytes_up: as encoded.
         seconds: of the round.  fit_seconds: of these, spent in local training.
         aggregation_error: see `runtime.aggregation`; None: the method has no product to compare.
+        flops: operations of all local training, see `cost`.
     """
 
     round: int
@@ -60,6 +61,7 @@ class RoundReport:
     seconds: float
     fit_seconds: float
     aggregation_error: float | None = None
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from fedloom.client.trainer import Bench, Rows
 from fedloom.data import federation
 from fedloom.data.federation import Federation
 from fedloom.data.splits import ClientData
+from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
 from fedloom.evaluate.view import RegimeView, spread
@@ -154,7 +155,7 @@ class World:
         stage, self.clients = set_stage(recipe, assets, self.memories, sink)
         self.engine = Engine(stage)
         self.crew = recipe.runtime.crew(self.engine, recipe)
-        self._clock = time.perf_counter()
+        self._clock, self._meter = time.perf_counter(), Meter()
         self._changed: set[str] = set()
         self._whole = True
 
@@ -288,6 +289,8 @@ class World:
         now = time.perf_counter()
         self.totals.wall_seconds += now - self._clock
         self._clock = now
+        if (joules := self._meter.joules()) is not None:
+            self.totals.energy_joules = (self.totals.energy_joules or 0.0) + joules
 
     def parameters(self) -> int:
         """Return the number of trainable parameters."""
@@ -319,5 +322,6 @@ def _of_round(report: RoundReport) -> dict[str, float]:
         "fit_seconds": report.fit_seconds,
         "tokens_per_second": report.tokens / report.fit_seconds if report.fit_seconds else 0.0,
         "clients": len(report.clients),
+        "flops": report.flops,
         **({} if report.aggregation_error is None else {"aggregation_error": report.aggregation_error}),
     }

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedloom import seeds, tensors
+from fedloom import cost, seeds, tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
 from fedloom.attacks import Attack
 from fedloom.checkpoint import MemoryStore
@@ -158,6 +158,8 @@ class Engine:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self._fit_seconds = 0.0
+        self._shapes = cost.shapes_of(stage.bench.model, stage.bench.attached)
+        self._flops: dict[str, float] = {}
 
     def round(self, crew: Crew, state: ServerState, cohort: Sequence[str]) -> tuple[ServerState, RoundReport]:
         """Run one round.
@@ -206,7 +208,9 @@ class Engine:
             changed = None if memory is client.memory else memory
             sent = _sealed(update.message)
             down = len(errand.message)
-            replies.append(Reply(client.name, update.weight, sent, update.metrics, changed, down, seconds))
+            spent = {"bytes_down": down, "bytes_up": len(sent), "flops": self._flops.pop(client.name, 0.0)}
+            metrics = {**update.metrics, **spent}
+            replies.append(Reply(client.name, update.weight, sent, metrics, changed, down, seconds))
         return replies
 
     def client(self, name: str, round_: int, memory: Memory | None = None) -> Client:
@@ -280,6 +284,8 @@ class Engine:
         for group in groups.values():
             jobs = [fit.Job(who[i] or "server", round_, self.rows(who[i], "train"), effects[i]) for i in group]
             done.update(zip(group, fit.fit(self.stage.bench, jobs), strict=True))
+            for job in jobs:
+                self._flops[job.client] = self._flops.get(job.client, 0.0) + cost.of_fit(self._shapes, job)
         self._fit_seconds += time.perf_counter() - began
         return done
 
@@ -349,6 +355,7 @@ class Engine:
             seconds=seconds,
             fit_seconds=tally.fit_seconds,
             aggregation_error=error,
+            flops=sum(m["flops"] for m in tally.metrics.values()) + self._flops.pop("server", 0.0),
         )
 
     def _stream(self, round_: int, client: str | None, purpose: str) -> Any:

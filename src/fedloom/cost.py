@@ -1,0 +1,156 @@
+"""Floating-point operations of training, from the shapes of the model and the lengths of the rows.
+
+Model FLOPs: what the equations need if every row is computed alone, once and without padding. So a number tells of the
+method and the data, not of how they were laid out: recomputed layers, shared beginnings, padding, the optimiser and
+the unpacking of a quantised weight are not in it. A multiplication and an addition are two operations.
+
+    linear layer, t tokens            forward 2 t d_in d_out;   backward through the frozen weight the same again
+    low-rank factors of rank r        forward 2 t r (d_in + d_out);   backward twice that, or only what moves
+    attention of a row of t tokens    forward 4 t^2 d,  d = heads x head size, the square in full;   backward twice that
+    logits of n labels                as a linear layer on n tokens
+
+Nothing flows back below the first adapted layers, so what lies there has a forward pass only, and the first adapted
+layers themselves need no gradient of their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.client.adapters import SHARED_INPUTS, Attached
+from fedloom.client.fit import Job
+from fedloom.client.lora import LoraLinear
+from fedloom.client.quantize import is_linear, shape
+from fedloom.types import Fit, Tensors
+
+FEED_ATTENTION = (*SHARED_INPUTS[0], "qkv_proj", "c_attn", "query_key_value")
+"""Names of the layers that attention stands behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What the operations of a model depend on.
+
+    Attributes:
+        forward, through: weights of all linear layers, and of those that a gradient passes through.
+        head: weights of the output embeddings.
+        attention, back: heads x head size, summed over the layers, and over those that a gradient passes through.
+        edge: adapted modules whose input needs no gradient.
+    """
+
+    forward: int
+    through: int
+    head: int
+    attention: int
+    back: int
+    edge: frozenset[str]
+
+
+def shapes_of(model: PreTrainedModel, attached: Attached) -> Shapes:
+    """Read the shapes of a resident model with its adapter."""
+    head = model.get_output_embeddings()
+    sizes = {name: _weights(one) for name, one in _linears(model) if one is not head}
+    first = next((name for name in sizes if name in attached.layers), "")
+    edge = {name for name in sizes if name == first or _share_input(name, first)}
+    later = list(sizes)[list(sizes).index(first) :] if first else []
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers, width = config.num_hidden_layers, width * config.num_attention_heads
+    return Shapes(
+        forward=sum(sizes.values()),
+        through=sum(sizes[name] for name in later if name not in edge),
+        head=_weights(head),
+        attention=layers * width,
+        back=max(0, layers - _still(first)) * width,
+        edge=frozenset(edge),
+    )
+
+
+def of_fit(shapes: Shapes, job: Job) -> float:
+    """Return the operations of a client's fit, from the rows of the steps that it took."""
+    rows = np.array([row for step in job.steps[: job.taken] for row in step], dtype=np.int64)
+    lengths = np.array(job.lengths, dtype=np.int64)[rows]
+    labels = np.array([_labels(job, row) for row in range(len(job.rows))], dtype=np.int64)[rows]
+    return of_rows(shapes, job.effect, lengths.tolist(), labels.tolist())
+
+
+def of_rows(shapes: Shapes, effect: Fit, lengths: Sequence[int], labels: Sequence[int]) -> float:
+    """Return the operations of training on some rows.
+
+    Args:
+        shapes: of the model.
+        effect: what was fitted, and how.
+        lengths, labels: tokens and labels of every row that was trained on, again each time it was.
+    """
+    low, back = _low_rank(shapes.edge, effect.start, effect.trainable)
+    tokens, squares, logits = sum(lengths), sum(n * n for n in lengths), 2.0 * sum(labels) * shapes.head
+    forward = 2.0 * tokens * (shapes.forward + low) + 4.0 * squares * shapes.attention + logits
+    if effect.order == "zeroth":
+        return 2 * forward
+    return forward + 2.0 * tokens * (shapes.through + back) + 8.0 * squares * shapes.back + logits
+
+
+def _labels(job: Job, row: int) -> int:
+    encoded, i = job.rows.encoded, int(job.rows.indices[row])
+    return int(encoded.train[encoded.starts[i] + 1 : encoded.starts[i + 1]].sum())  # nothing predicts the first token
+
+
+def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool] | None) -> tuple[int, int]:
+    """Return the multiplications of a token with the factors, forward and backward; other tensors cost next to none."""
+    forward = backward = 0
+    for name, tensor in start.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("lora_A", "lora_B"):
+            continue
+        forward += tensor.numel()
+        # a factor costs once for its own gradient and once to pass the gradient on
+        backward += tensor.numel() * ((moves is None or moves(name)) + (kind == "lora_B" or module not in edge))
+    return forward, backward
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the linear layers in the model's order, those under a LoRA layer by the name of that layer."""
+    inside = {id(one.base) for one in model.modules() if isinstance(one, LoraLinear)}
+    return [
+        (name, one)
+        for name, one in model.named_modules()
+        if isinstance(one, LoraLinear) or ((is_linear(one) or isinstance(one, Conv1D)) and id(one) not in inside)
+    ]
+
+
+def _weights(layer: nn.Module | None) -> int:
+    if layer is None:
+        return 0
+    rows, columns = (layer.d_out, layer.d_in) if isinstance(layer, LoraLinear) else _shape(layer)
+    return rows * columns
+
+
+def _shape(layer: nn.Module) -> Sequence[int]:
+    return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else shape(layer)
+
+
+def _still(first: str) -> int:
+    """Return how many layers' attention lies below the first adapted module."""
+    numbers = [int(part) for part in first.split(".") if part.isdigit()]
+    return (numbers[0] if numbers else 0) + (first.rpartition(".")[2] not in FEED_ATTENTION)
+
+
+def _share_input(a: str, b: str) -> bool:
+    parent, _, one = a.rpartition(".")
+    other, _, two = b.rpartition(".")
+    return parent == other and any(one in group and two in group for group in SHARED_INPUTS)
+
+
+def human_flops(count: float) -> str:
+    """Return a number of operations for people, such as 3.2 TFLOP."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} EFLOP"
