@@ -127,7 +127,7 @@ class Fitted:
 
     Attributes:
         params: the trained tensors, same names and shapes as `Fit.start`.
-        steps: optimiser steps taken.  lr: their learning rate (constant within a round).
+        steps: optimiser steps taken.  lr: their learning rate, that of the first where it falls within a round.
         examples: rows trained on.  tokens: input tokens trained on, padding aside.
         losses: token-weighted mean loss of each step, in nats per trained token.
         slopes: g of each step of a fit of order `zeroth`: with the seeds, all that the trained weights depend on.

@@ -55,6 +55,8 @@ class Scaffold(FedAvg, name="scaffold"):
             )
         if self.variant == "sgd_exact" and recipe.trainer.clip_norm is not None:
             yield "algorithm.variant=sgd_exact needs unclipped gradients; set trainer.clip_norm=null"
+        if recipe.trainer.decay != 1:
+            yield "algorithm=scaffold divides by one learning rate of all steps; set trainer.decay=1"
 
     def init(self, params: Tensors) -> ServerState:
         return ServerState(0, params, {"control": Bundle(tensors.zeros_like(params))})

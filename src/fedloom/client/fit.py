@@ -97,7 +97,7 @@ class _Lane:
     """A client's place in the stack: its optimiser, correction and dropout stream."""
 
     def __init__(self, job: Job, bench: Bench, lr: float, stack: Stack, k: int) -> None:
-        self.job, self.lr, self.clip_norm = job, lr, bench.trainer.clip_norm
+        self.job, self.lr, self.clip_norm, self.decay = job, lr, bench.trainer.clip_norm, bench.trainer.decay
         self.row = nn.Parameter(stack.flat[k], requires_grad=False)
         self.stream = seeds.generator(bench.seed, job.round, job.client, "dropout")
         self.optimizer = bench.trainer.optimizer.build([self.row], lr)
@@ -128,9 +128,11 @@ class _Lane:
         if self.clip_norm is not None:
             norm = nn.utils.get_total_norm(self.grads)
             nn.utils.clip_grads_with_norm_([self.row], self.clip_norm, norm)
+        lr = self.lr * (1 - (1 - self.decay) * self.job.taken / len(self.job.steps))
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         if self.correct is not None and self.where == "weights":
-            self.row.data.sub_(self.correct, alpha=self.lr)
+            self.row.data.sub_(self.correct, alpha=lr)
 
     def finish_step(self, bench: Bench) -> None:
         """Take the step unless the loss is not finite, and book it."""

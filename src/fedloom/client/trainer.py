@@ -64,6 +64,9 @@ class Trainer(Record):
     accumulate: PositiveInt = 1
     """Batches whose gradients make one optimiser step; n batches equal one batch of n times the rows."""
     schedule: Schedule = Constant()
+    decay: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """What the learning rate falls to within a round, as a factor: step k of K, from 0, takes 1 - (1 - decay) k/K of
+    the round's; 1: constant (FedSWA, arXiv 2507.20016)."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest joint gradient norm of a step; null: no clipping."""
     micro_tokens: Annotated[int, Field(ge=1)] = 1024
