@@ -28,6 +28,7 @@ from fedloom.data.splits import ClientData
 from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
+from fedloom.evaluate.stats import worst_share
 from fedloom.evaluate.view import RegimeView, spread
 from fedloom.home import home
 from fedloom.outcome import Totals, export, write_samples
@@ -312,8 +313,12 @@ def _join(parts: Iterable[ClientData]) -> ClientData:
 
 
 def _of_round(report: RoundReport) -> dict[str, float]:
+    losses = np.array([m["loss"] for client, m in report.clients.items() if client not in report.rejected])
     return {
         "train_loss": report.loss,
+        "train_loss_worst": float(losses.max()),
+        "train_loss_worst10": worst_share(losses, higher_is_better=False),
+        "train_loss_variance": float(losses.var()),
         "tokens": report.tokens,
         "examples": report.examples,
         "bytes_down": report.bytes_down,
