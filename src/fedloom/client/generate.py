@@ -1,8 +1,8 @@
-"""Answers of a causal language model: batched and greedy for measurement, streamed and sampled for a chat.
+"""Answers of a causal language model: batched for measurement, streamed for a chat, greedy or sampled by seed.
 
 The loop is our own, over transformers' cache, because it is faster than `generate` where it matters, on a CPU: the
-prompts' common beginning (the system prompt, the worked examples) is computed once, and a row leaves the batch when
-its answer ends. A batch lies in the cache as [common beginning | padding | rest of the prompt | answer].
+prompts' common beginning is computed once, a row leaves the batch when its answer ends, and waiting prompts take its
+place.
 
 In float32 a prompt's answer does not depend on the others. In bf16 the batch's shape changes roundings and so, now and
 then, a text: compare only what was made from the same prompts with the same `batch_rows`.
@@ -10,23 +10,54 @@ then, a text: compare only what was made from the same prompts with the same `ba
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom import seeds
-from fedloom.types import DataError, RecipeError
+from fedloom.client.prompts import Batch, begin, beginning, by_length, evaluating, plain, tokenised
+from fedloom.types import RecipeError
+
+NUCLEUS = 1024
+"""So many tokens are sorted to find the nucleus; the whole vocabulary only where they do not hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How tokens are chosen, when an answer ends, and how many are made side by side.
+
+    Attributes:
+        stop: an answer is cut where the first of these begins.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: draws from the smallest set of tokens whose probabilities sum to at least this, above 0 and at most 1.
+        seed: equal seeds give equal answers; equal prompts of one call are drawn apart.
+        batch_rows: prompts in one forward pass.
+    """
+
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_rows: int = 32
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise RecipeError(
+                f"temperature is {self.temperature}; allowed: 0 (the most likely token) and above, such as 0.7"
+            )
+        if not 0 < self.top_p <= 1:
+            raise RecipeError(f"top_p is {self.top_p}; allowed: above 0 and at most 1, such as 0.95")
+
+
+GREEDY = Decoding()
 
 
 def greedy(  # noqa: PLR0913 - what to answer with, what to answer, when to stop, how fast, and who watches
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
@@ -34,14 +65,25 @@ def greedy(  # noqa: PLR0913 - what to answer with, what to answer, when to stop
     stop: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Return the most likely continuation of each prompt, token by token.
+    """Return the most likely continuation of each prompt, token by token; see `answers`."""
+    return answers(model, tokenizer, prompts, max_new_tokens, Decoding(tuple(stop), batch_rows=batch_rows), progress)
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    decoding: Decoding = GREEDY,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return an answer to each prompt.
 
     Args:
         model: a decoder-only model; its training mode is as before afterwards, and no global random stream moves.
         tokenizer: its end token and those of the model's generation config end an answer.
         prompts: rendered prompts; they are tokenised as they are, without further special tokens.
-        max_new_tokens: longest answer, in tokens.  batch_rows: prompts in one forward pass.
-        stop: an answer is cut where the first of these begins.
+        max_new_tokens: longest answer, in tokens.
         progress: called with the number of prompts answered so far.
 
     Returns:
@@ -50,24 +92,20 @@ def greedy(  # noqa: PLR0913 - what to answer with, what to answer, when to stop
     Raises:
         DataError: a prompt has no tokens.
     """
-    ids = _tokenised(tokenizer, prompts)
-    ending = _Ending(tokenizer, _end_tokens(model, tokenizer), tuple(stop))
-    texts, done = [""] * len(ids), 0
-    with _evaluating(model), torch.inference_mode():
-        common = _common(model, ids)
-        for rows in _by_length(ids, batch_rows):
-            batch = _begin([ids[i] for i in rows], common, model.device)
-            for i, tokens in zip(rows, _decode(model, batch, ending, max_new_tokens), strict=True):
-                texts[i] = cut(tokenizer.decode(tokens, skip_special_tokens=True), stop)
-            done += len(rows)
-            if progress:
-                progress(done)
-    return texts
+    ids = tokenised(tokenizer, prompts)
+    desk = _Desk(model, ids, _Ending(tokenizer, _end_tokens(model, tokenizer), decoding.stop), decoding, max_new_tokens)
+    done = 0
+    with evaluating(model), torch.inference_mode():
+        for _ in _decode(desk, beginning(model, ids)):
+            if progress and desk.ended > done:
+                progress(desk.ended)
+            done = desk.ended
+    return [cut(tokenizer.decode(tokens, skip_special_tokens=True), decoding.stop) for tokens in desk.answers]
 
 
 def sample(  # noqa: PLR0913, PLR0917 - the knobs of a chat
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
@@ -87,17 +125,10 @@ def sample(  # noqa: PLR0913, PLR0917 - the knobs of a chat
         RecipeError: temperature or top_p is out of its range.
         DataError: the prompt has no tokens.
     """
-    if temperature < 0:
-        raise RecipeError(f"temperature is {temperature}; allowed: 0 (the most likely token) and above, such as 0.7")
-    if not 0 < top_p <= 1:
-        raise RecipeError(f"top_p is {top_p}; allowed: above 0 and at most 1, such as 0.95")
+    decoding = Decoding(temperature=temperature, top_p=top_p, seed=seed)
     stream = seeds.generator(seed, None, None, "sample")
-
-    def choose(logits: Tensor) -> int:
-        return _draw(logits.float().cpu() / temperature, top_p, stream) if temperature else int(logits.argmax())
-
-    [ids] = _tokenised(tokenizer, [prompt])
-    return _stream(model, tokenizer, ids, max_new_tokens, choose)
+    [ids] = tokenised(tokenizer, [prompt])
+    return _stream(model, tokenizer, ids, max_new_tokens, lambda logits: _chosen(logits, decoding, stream))
 
 
 def cut(text: str, stop: Iterable[str]) -> str:
@@ -106,42 +137,10 @@ def cut(text: str, stop: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rows in the course of being answered: what the next forward pass takes."""
-
-    tokens: Tensor  # [rows, t]
-    mask: Tensor  # [rows, cached + t]; 0 at padding
-    positions: Tensor  # [rows, t]
-    cache: DynamicCache
-
-    def logits(self, model: PreTrainedModel) -> Tensor:
-        """Return the logits [rows, vocabulary] of the next token."""
-        output = model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]  # type: ignore[no-any-return]
-
-    def extended(self, tokens: Tensor) -> _Batch:
-        """Return the batch with one more token [rows] each."""
-        mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        return _Batch(tokens[:, None], mask, self.positions[:, -1:] + 1, self.cache)
-
-    def kept(self, rows: Tensor) -> _Batch:
-        """Return the batch of these rows; the cache of the others is freed."""
-        self.cache.reorder_cache(rows)  # unlike batch_select_indices, every kind of layer has it
-        return _Batch(self.tokens[rows], self.mask[rows], self.positions[rows], self.cache)
-
-
-@dataclass(frozen=True, slots=True)
 class _Ending:
     """Tells when an answer is complete."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
     stop: tuple[str, ...]
 
@@ -154,113 +153,90 @@ class _Ending:
         return any(s in tail for s in self.stop)
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
-    if not prompts:
-        return []
-    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    empty = [i for i, row in enumerate(ids) if not row]
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(ids)} prompts have no tokens, the first at index {empty[0]}; give it a text"
-        )
-    return ids
+class _Desk:
+    """Prompts in the course of being answered."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Sequence[Sequence[int]],
+        ending: _Ending,
+        decoding: Decoding,
+        max_new_tokens: int,
+    ) -> None:
+        self.model, self.ids, self.ending, self.decoding, self.longest = model, ids, ending, decoding, max_new_tokens
+        self.answers: list[list[int]] = [[] for _ in ids]
+        self.ended = 0
+        drawn = range(len(ids)) if decoding.temperature else ()
+        self.streams = [seeds.generator(decoding.seed, None, None, f"answer:{i}") for i in drawn]
+
+    def step(self, batch: Batch, live: Sequence[int]) -> tuple[Batch | None, list[int]]:
+        """Give each row its next token; return the rows whose answers go on, and which prompts these are.
+
+        Args:
+            live: the prompt of each row.
+        """
+        chosen = self._choose(batch.logits(self.model)[:, -1], live)
+        going = []
+        for place, (i, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
+            if token not in self.ending.ends:
+                self.answers[i].append(token)
+                if len(self.answers[i]) < self.longest and not self.ending.at(self.answers[i]):
+                    going.append(place)
+        self.ended += len(live) - len(going)
+        if not going:
+            return None, []
+        if len(going) < len(live):
+            rows = torch.tensor(going, device=chosen.device)
+            batch, chosen = batch.kept(rows), chosen[rows]
+        return batch.extended(chosen), [live[place] for place in going]
+
+    def _choose(self, logits: Tensor, live: Sequence[int]) -> Tensor:
+        if not self.decoding.temperature:
+            return logits.max(dim=-1).indices  # twice as fast as argmax in bf16 on a CPU
+        drawn = [_chosen(row, self.decoding, self.streams[i]) for row, i in zip(logits, live, strict=True)]
+        return torch.tensor(drawn, device=logits.device)
 
 
-def _by_length(ids: list[list[int]], batch_rows: int) -> list[list[int]]:
-    """Return the prompts' indices in batches, the longest first: similar lengths together need little padding."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
-    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     config = model.generation_config.eos_token_id if model.generation_config else None
     listed = config if isinstance(config, list) else [config]
     return frozenset(token for token in (tokenizer.eos_token_id, *listed) if token is not None)
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put every module in evaluation mode, and afterwards back in the mode of its own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+def _decode(desk: _Desk, common: DynamicCache) -> Iterator[None]:
+    """Answer all prompts, the longest first, and stop after each token of the batch.
+
+    Waiting prompts take the places of ended ones, several at a time, since to begin one takes as long as a few.
+    """
+    waiting, rows = by_length(desk.ids) if desk.longest > 0 else [], desk.decoding.batch_rows
+    least = max(1, rows // 4) if plain(common) else rows
+    batch, live = None, list[int]()
+    while waiting or batch is not None:
+        if waiting and (batch is None or rows - len(live) >= least):
+            new, waiting = waiting[: rows - len(live)], waiting[rows - len(live) :]
+            fresh, new = desk.step(begin([desk.ids[i] for i in new], common, desk.model.device), new)
+            batch = fresh if batch is None else batch if fresh is None else batch.joined(fresh)
+            live += new
+        elif batch is not None:
+            batch, live = desk.step(batch, live)
         yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _common(model: PreTrainedModel, ids: list[list[int]]) -> DynamicCache:
-    """Return the cache [1 row] of the prompts' common beginning."""
-    cache = DynamicCache(config=model.config)
-    # sliding windows and recurrent layers count places in the cache, where padding would follow the beginning
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    length = _shared(ids) if plain and len(ids) > 1 else 0
-    if length:
-        tokens = torch.tensor([ids[0][:length]], device=model.device)
-        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
-
-
-def _shared(ids: list[list[int]]) -> int:
-    """Return with how many equal tokens all prompts begin, leaving each at least one of its own."""
-    first, last = min(ids), max(ids)  # in dictionary order, so that what these two share is shared by all
-    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return min(next(differ, len(first)), min(map(len, ids)) - 1)
-
-
-def _begin(ids: Sequence[Sequence[int]], common: DynamicCache, device: torch.device) -> _Batch:
-    """Return the batch of these prompts, padded on the left, behind a copy of their common beginning for each."""
-    cache, cached = copy.deepcopy(common), common.get_seq_length()
-    if cached:
-        cache.batch_repeat_interleave(len(ids))
-    width = max(map(len, ids)) - cached
-    tokens = torch.zeros(len(ids), width, dtype=torch.long)  # padding is masked, so any token serves
-    mask = torch.ones(len(ids), cached + width, dtype=torch.long)
-    for row, prompt in enumerate(ids):
-        padding = cached + width - len(prompt)
-        tokens[row, padding:] = torch.tensor(prompt[cached:])
-        mask[row, cached : cached + padding] = 0
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, cached:]
-    return _Batch(tokens.to(device), mask.to(device), positions.to(device), cache)
-
-
-def _decode(model: PreTrainedModel, batch: _Batch, ending: _Ending, max_new_tokens: int) -> list[list[int]]:
-    """Return each row's new tokens, its end token left out."""
-    answers: list[list[int]] = [[] for _ in range(len(batch.tokens))]
-    live = list(range(len(answers)))
-    for _ in range(max_new_tokens):
-        chosen = batch.logits(model).max(dim=-1).indices  # twice as fast as argmax in bf16 on a CPU
-        going = []
-        for place, token in enumerate(chosen.tolist()):
-            if token not in ending.ends:
-                answers[live[place]].append(token)
-                if not ending.at(answers[live[place]]):
-                    going.append(place)
-        if not going:
-            break
-        if len(going) < len(live):
-            live = [live[place] for place in going]
-            rows = torch.tensor(going, device=chosen.device)
-            batch, chosen = batch.kept(rows), chosen[rows]
-        batch = batch.extended(chosen)
-    return answers
 
 
 def _stream(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     max_new_tokens: int,
     choose: Callable[[Tensor], int],
 ) -> Iterator[str]:
     tokens: list[int] = []
     sent, text, ends = 0, "", _end_tokens(model, tokenizer)
-    batch = _begin([ids], DynamicCache(config=model.config), model.device)
-    with _evaluating(model):
+    batch = begin([ids], DynamicCache(config=model.config), model.device)
+    with evaluating(model):
         for _ in range(max_new_tokens):
             with torch.inference_mode():  # not around the yield, where it would hold for the caller as well
-                token = choose(batch.logits(model)[0])
+                token = choose(batch.logits(model)[0, -1])
                 batch = batch.extended(torch.tensor([token], device=model.device))
             if token in ends:
                 break
@@ -274,9 +250,21 @@ def _stream(
         yield text[sent:]
 
 
+def _chosen(logits: Tensor, decoding: Decoding, stream: torch.Generator) -> int:
+    """Return the most likely token, or draw one."""
+    if not decoding.temperature:
+        return int(logits.argmax())
+    return _draw(logits.float().cpu() / decoding.temperature, decoding.top_p, stream)
+
+
 def _draw(logits: Tensor, top_p: float, stream: torch.Generator) -> int:
     """Draw from the smallest set of tokens whose probabilities sum to at least `top_p`."""
-    probabilities, tokens = logits.softmax(dim=-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    nucleus = probabilities * (before < top_p)  # the first token is always in it
+    probabilities = logits.softmax(dim=-1)
+    if top_p >= 1:
+        return int(torch.multinomial(probabilities, 1, generator=stream))
+    first, tokens = probabilities.topk(min(NUCLEUS, len(probabilities)))
+    if first.sum() < top_p:
+        first, tokens = probabilities.sort(descending=True, stable=True)
+    before = first.cumsum(dim=-1) - first
+    nucleus = first * (before < top_p)  # the first token is always in it
     return int(tokens[torch.multinomial(nucleus, 1, generator=stream)])

@@ -146,7 +146,7 @@ class _Marked(Template):
         if tokenizer.eos_token is None:
             raise ModelError(f"data.template={self.part_name}: the tokenizer has no end token (eos) to end an answer")
         system = "\n\n".join(turn.text for turn in turns if turn.role == "system")
-        spans = [Span(_bos(tokenizer) + self.opening(system), False)]
+        spans = [Span(bos(tokenizer) + self.opening(system), False)]
         for turn in turns:
             if turn.role == "assistant":
                 spans += [Span(turn.text, True), Span(tokenizer.eos_token, True), Span("\n\n", False)]
@@ -159,7 +159,7 @@ class _Marked(Template):
         return "".join(span.text for span in self.render(turns, tokenizer))
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+def bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of bos if the tokenizer begins every text with it."""
     first = tokenizer("").input_ids[:1]
     return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""

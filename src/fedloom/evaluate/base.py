@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pydantic import NonNegativeInt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedloom.client.generate import GREEDY, Decoding
+from fedloom.client.likelihood import Likelihood
 from fedloom.data.rows import Turn
 from fedloom.parts import Part
 from fedloom.types import Bundle, Split, Tensors
@@ -34,12 +38,14 @@ class Evaluation:
         clients: client -> the same metrics for that client; empty where there is one model and one test set.
         samples: (client or None, sample) pairs.
         invalid: number of items or clients whose loss was not finite; they are in no metric.
+        settings: what the figures depend on beside the evaluator's own knobs and `View.settings`; JSON values.
     """
 
     metrics: Mapping[str, float]
     clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: Sequence[tuple[str | None, Sample]] = ()
     invalid: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class View(Protocol):
@@ -68,8 +74,26 @@ class View(Protocol):
         """Render conversations with the training template and system prompt, up to where the assistant answers."""
         ...
 
-    def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return greedy answers, in the order of `prompts`."""
+    def texts(self, texts: Sequence[str]) -> list[str]:
+        """Return bare texts as the model expects them to begin: behind bos where its tokenizer adds one."""
+        ...
+
+    def generate(
+        self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """Return answers, in the order of `prompts`; equal prompts are sampled apart."""
+        ...
+
+    def likelihoods(self, params: Tensors | None, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Return how likely each continuation is after its context; give pairs that begin alike in one call."""
+        ...
+
+    def model(self, params: Tensors | None) -> AbstractContextManager[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """Lend the resident model, with the adapter in its layers while the context lasts, and its tokenizer."""
+        ...
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what answers and likelihoods depend on beside prompts and adapter: engine, dtype, batch, versions."""
         ...
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedloom.client.generate import GREEDY, Decoding, answers
+from fedloom.client.likelihood import Likelihood, likelihoods
 from fedloom.data.federation import Federation
 from fedloom.data.rows import Turn
-from fedloom.data.templates import with_system
+from fedloom.data.templates import bos, with_system
 from fedloom.evaluate.base import Evaluator
 from fedloom.evaluate.stats import worst_share
 from fedloom.recipe import Recipe
@@ -59,10 +65,51 @@ class RegimeView:
         template, tokenizer = self.recipe.data.template, self.engine.stage.tokenizer
         return [template.prompt(with_system(turns, self.recipe.data.system), tokenizer) for turns in conversations]
 
-    def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return greedy answers."""
+    def texts(self, texts: Sequence[str]) -> list[str]:
+        """Return bare texts behind bos where the tokenizer adds one."""
+        begin = bos(self.engine.stage.tokenizer)
+        return [begin + text for text in texts]
+
+    def generate(
+        self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """Return answers, greedy unless `decoding` says otherwise."""
+        with self.model(params) as (model, tokenizer):
+            return answers(model, tokenizer, prompts, max_new_tokens, decoding)
+
+    def likelihoods(self, params: Tensors | None, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Return how likely each continuation is after its context."""
+        with self.model(params) as (model, tokenizer):
+            return likelihoods(model, tokenizer, pairs)
+
+    @contextmanager
+    def model(self, params: Tensors | None) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """Lend the resident model with an adapter in its layers."""
         self.engine.at(self.state)
-        return self.engine.generate(params, prompts, max_new_tokens)
+        bench, tokenizer = self.engine.stage.bench, self.engine.stage.tokenizer
+        if params is None:
+            with bench.attached.off():
+                yield bench.model, tokenizer
+            return
+        bench.attached.load([params])
+        yield bench.model, tokenizer
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what the figures depend on beside prompts and adapter."""
+        model = self.recipe.model
+        return {
+            "engine": "fedloom",
+            "model": model.name,
+            "dtype": str(self.engine.stage.bench.model.dtype).removeprefix("torch."),
+            "quantize": model.quantize,
+            "attention": model.attention,
+            "compile": model.compile,
+            "device": self.engine.stage.bench.model.device.type,
+            "batch_rows": GREEDY.batch_rows,
+            "template": self.recipe.data.template.dump(),
+            "system": self.recipe.data.system,
+            "versions": {name: version(name) for name in ("fedloom", "torch", "transformers")},
+        }
 
     def _trained(self) -> list[str]:
         unseen = set(self.federation.unseen)

@@ -1,0 +1,161 @@
+"""Prompts in a cache: tokenised, sorted by length, padded on the left, behind their common beginning.
+
+A batch lies in the cache as [padding | common beginning | padding | rest of the prompt | answer]; the common beginning
+(the system prompt, the worked examples) is computed once, and rows may leave a batch and others take their place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from fedloom.types import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of a cache, and what the next forward pass takes."""
+
+    tokens: Tensor  # [rows, t]
+    mask: Tensor  # [rows, cached + t]; 0 at padding
+    positions: Tensor  # [rows, t]
+    cache: DynamicCache
+
+    def logits(self, model: PreTrainedModel, last: int = 1) -> Tensor:
+        """Return the logits [rows, last, vocabulary] that follow the last tokens, and put all tokens in the cache."""
+        output = model(
+            input_ids=self.tokens,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
+        return output.logits  # type: ignore[no-any-return]
+
+    def extended(self, tokens: Tensor) -> Batch:
+        """Return the batch with one more token [rows] each."""
+        mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        return Batch(tokens[:, None], mask, self.positions[:, -1:] + 1, self.cache)
+
+    def kept(self, rows: Tensor) -> Batch:
+        """Return the batch of these rows; the cache of the others is freed."""
+        self.cache.reorder_cache(rows)  # unlike batch_select_indices, every kind of layer has it
+        return Batch(self.tokens[rows], self.mask[rows], self.positions[rows], self.cache)
+
+    def joined(self, other: Batch) -> Batch:
+        """Return the batch of both's rows, each about to take one token; their caches must be `plain`.
+
+        Padding goes to the left of the shorter one, and columns that are padding in all rows go.
+        """
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        masks = [pad(one.mask, (width - one.mask.shape[1], 0)) for one in (self, other)]
+        mask = torch.cat(masks)
+        empty = int(mask.any(dim=0).int().argmax())
+        for mine, its in zip(self.cache.layers, other.cache.layers, strict=True):
+            pairs = ((mine.keys, its.keys), (mine.values, its.values))
+            mine.keys, mine.values = (_stacked(a, b, width - 1 - empty) for a, b in pairs)
+        tokens, positions = (
+            torch.cat(both) for both in ((self.tokens, other.tokens), (self.positions, other.positions))
+        )
+        return Batch(tokens, mask[:, empty:], positions, self.cache)
+
+
+def _stacked(a: Tensor, b: Tensor, width: int) -> Tensor:
+    """Return the rows of two (rows, heads, cached, d), both cut or padded on the left to `width`."""
+    out = a.new_zeros(len(a) + len(b), a.shape[1], width, a.shape[3])
+    for rows, one in ((slice(None, len(a)), a), (slice(len(a), None), b)):
+        kept = one[:, :, -width:]
+        out[rows, :, width - kept.shape[2] :] = kept
+    return out
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of prompts as they are, without further special tokens.
+
+    Raises:
+        DataError: a prompt has no tokens.
+    """
+    if not prompts:
+        return []
+    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    empty = [i for i, row in enumerate(ids) if not row]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(ids)} prompts have no tokens, the first at index {empty[0]}; give it a text"
+        )
+    return ids
+
+
+def by_length(ids: Sequence[Sequence[int]]) -> list[int]:
+    """Return the prompts' indices, the longest first: similar lengths together need little padding."""
+    return sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put every module in evaluation mode, and afterwards back in the mode of its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def plain(cache: DynamicCache) -> bool:
+    """Return whether all layers keep every token.
+
+    Sliding windows and recurrent layers count places in the cache, so that padding must come first and nowhere else.
+    """
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def beginning(model: PreTrainedModel, ids: Sequence[Sequence[int]], most: int | None = None) -> DynamicCache:
+    """Return the cache [1 row] of the prompts' common beginning; it is empty where they share nothing.
+
+    Args:
+        most: tokens that it may have; None: all but one of the shortest prompt.
+    """
+    cache = DynamicCache(config=model.config)
+    length = _shared(ids) if plain(cache) and len(ids) > 1 else 0
+    length = length if most is None else min(length, most)
+    if length:
+        tokens = torch.tensor([list(ids[0][:length])], device=model.device)
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def _shared(ids: Sequence[Sequence[int]]) -> int:
+    """Return with how many equal tokens all prompts begin, leaving each at least one of its own."""
+    first, last = (
+        min(map(list, ids)),
+        max(map(list, ids)),
+    )  # in dictionary order, so that what these two share is shared by all
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return min(next(differ, len(first)), min(map(len, ids)) - 1)
+
+
+def begin(ids: Sequence[Sequence[int]], common: DynamicCache, device: torch.device) -> Batch:
+    """Return the batch of these prompts, padded on the left, behind a copy of their common beginning for each."""
+    cache, cached = copy.deepcopy(common), common.get_seq_length()
+    if cached:
+        cache.batch_repeat_interleave(len(ids))
+    width = max(map(len, ids)) - cached
+    tokens = torch.zeros(len(ids), width, dtype=torch.long)  # padding is masked, so any token serves
+    mask = torch.ones(len(ids), cached + width, dtype=torch.long)
+    for row, prompt in enumerate(ids):
+        padding = cached + width - len(prompt)
+        tokens[row, padding:] = torch.tensor(list(prompt[cached:]))
+        mask[row, cached : cached + padding] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, cached:]
+    return Batch(tokens.to(device), mask.to(device), positions.to(device), cache)
