@@ -20,10 +20,10 @@ from typing import ClassVar
 
 from pydantic import PositiveInt
 
-from fedloom import baselog, factors, tensors
+from fedloom import baselog, factors
 from fedloom.algorithms.base import Server
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.stacking import stack_of, trained_all
+from fedloom.algorithms.stacking import mean_of, stack_of, trained_all
 from fedloom.factors import Factors
 from fedloom.types import Bundle, ClientUpdate, Message, ServerState, Steps, Tensors, done
 
@@ -42,7 +42,7 @@ class FedEx(FedAvg, name="fedex"):
 
     def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
         held = trained_all(self, server, state, updates)
-        mean, scale = _mean(held), server.ranks.scale
+        mean, scale = mean_of(held), server.ranks.scale
         residual = {}
         for module, rank in server.ranks.whole.items():
             parts = [_term(p, params, held[-1][1], mean, module) for p, params in held[:-1]]
@@ -57,15 +57,6 @@ class FedEx(FedAvg, name="fedex"):
         after, residual = state.round + 1, stack_of(combined)
         base = baselog.merged(state.base, after, residual) if residual else state.base
         return done(replace(state, round=after, params=combined.groups["mean"].tensors, base=base))
-
-
-def _mean(held: list[tuple[float, Tensors]]) -> Tensors:
-    """Return the weighted mean of the adapters, folded so that one adapter gives exactly itself."""
-    total, mean = held[0]
-    for p, params in held[1:]:
-        total += p
-        mean = tensors.add(mean, tensors.sub(params, mean), alpha=p / total)
-    return mean
 
 
 def _term(p: float, params: Tensors, last: Tensors, mean: Tensors, module: str) -> Factors:

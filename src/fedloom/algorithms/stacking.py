@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from fedloom import factors
+from fedloom import factors, tensors
 from fedloom.algorithms.base import Algorithm, Server
 from fedloom.factors import Factors
 from fedloom.types import Bundle, ClientUpdate, Message, ServerState, Tensors
@@ -23,6 +23,15 @@ def trained_all(
     if not held or any(params is None for _, params in held):
         raise ValueError("there is no update to combine, or one without an adapter")
     return [(weight / total, params) for weight, params in held if params is not None]
+
+
+def mean_of(held: Sequence[tuple[float, Tensors]]) -> Tensors:
+    """Return the weighted mean of the adapters, folded so that one adapter gives exactly itself."""
+    total, mean = held[0]
+    for p, params in held[1:]:
+        total += p
+        mean = tensors.add(mean, tensors.sub(params, mean), alpha=p / total)
+    return mean
 
 
 def combined_stack(

@@ -189,7 +189,9 @@ class Engine:
             combined = transform.finish(combined, self._stream(state.round, None, f"finish:{i}"))
         after = self.drive(stage.algorithm.step(stage.server, state, combined), None, state.round)
         if stage.algorithm.tells_missed:
-            after = replace(after, seen={**state.seen, **dict.fromkeys(tally.metrics, state.round)})
+            # a rejected client did not keep what the round brought it
+            kept = [name for name in tally.metrics if name not in tally.rejected]
+            after = replace(after, seen={**state.seen, **dict.fromkeys(kept, state.round)})
         return after, self._report(after, tally, error.against(after), time.perf_counter() - began)
 
     def train(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
