@@ -25,6 +25,7 @@ from fedloom.algorithms import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.attacks import Attack
 from fedloom.checkpoint import Checkpointing
+from fedloom.client import lora_sb as _lora_sb  # noqa: F401 - registers the adapter
 from fedloom.client.adapters import Adapter, Lora
 from fedloom.client.models import Model
 from fedloom.client.objectives import Objective, Sft
@@ -115,8 +116,9 @@ class Recipe(Record):
     def _federation_problems(self) -> Iterable[str]:
         """Yield which parts of the server's and the client's half do not go together."""
         algorithm, server, name = self.algorithm, self.server, f"algorithm={self.algorithm.part_name}"
-        if algorithm.needs_lora and not isinstance(self.adapter, Lora):
+        if algorithm.needs_lora and not self.adapter.pairs:
             yield f"{name} works on LoRA factors, which adapter={self.adapter.part_name} has not; set adapter=lora"
+        yield from self._core_problems()
         if isinstance(self.adapter, Lora) and self.adapter.ranks and not algorithm.mixed_ranks:
             able = ", ".join(sorted(n for n, a in Algorithm.known.items() if getattr(a, "mixed_ranks", False)))
             yield f"{name} needs one rank at all clients; remove adapter.ranks, or set algorithm to one of: {able}"
@@ -132,6 +134,20 @@ class Recipe(Record):
             )
         with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
             yield from server.aggregator.conflicts(len(self.sampler.cohort(0, [""] * self.data.clients, self.seed)))
+
+    def _core_problems(self) -> Iterable[str]:
+        algorithm, adapter = self.algorithm, self.adapter
+        if algorithm.needs_core and not adapter.core:
+            yield (
+                f"algorithm={algorithm.part_name} trains R of B R A alone, which adapter={adapter.part_name} has not; "
+                "set adapter=lora-sb"
+            )
+        if adapter.core and not algorithm.needs_core:
+            able = ", ".join(sorted(n for n, a in Algorithm.known.items() if getattr(a, "needs_core", False)))
+            yield (
+                f"adapter={adapter.part_name} has frozen factors, which algorithm={algorithm.part_name} would send "
+                f"and average every round; set algorithm={able}, or adapter=lora"
+            )
 
     def _early_stop_problems(self) -> Iterable[str]:
         if self.early_stop is None:

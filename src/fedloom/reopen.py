@@ -76,7 +76,7 @@ def read_adapter(
             else (f"finish it with: fedloom run --resume {run}, or name a checkpoint with --checkpoint latest")
         )
         raise ModelError(f"{run} holds no {folder.relative_to(run)}; {hint}")
-    if not isinstance(recipe.adapter, Lora):
+    if not (recipe.adapter.pairs or recipe.adapter.core):
         raise ModelError(f"{folder}: adapter={recipe.adapter.part_name} has no LoRA factors to read")
     return read_peft(folder, recipe.adapter.scale), str(folder.relative_to(run)), ()
 

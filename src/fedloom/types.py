@@ -101,7 +101,7 @@ class Fit:
 
     Attributes:
         start: values of all trainable tensors before the first step.
-        trainable: which names move; None means all. The others stay bit for bit what `start` says.
+        trainable: which names move; None means all that the adapter trains. The others stay bit for bit what `start` says.
         penalty: added to the loss of every optimiser step.
         correct: see `Correction`.
         order: `first`: gradients by backpropagation. `zeroth`: each step's gradient is

@@ -145,6 +145,8 @@ class Algorithm(Part, family=True):
     """Why its clients must be trained one after another; empty: they need not."""
     needs_lora: ClassVar[bool] = False
     """Whether it works on LoRA factors, so that other adapters are refused."""
+    needs_core: ClassVar[bool] = False
+    """Whether it trains R of B R A alone; only such algorithms and such adapters (`Adapter.core`) go together."""
     mixed_ranks: ClassVar[bool] = False
     """Whether clients may have ranks of their own (`adapter.ranks`)."""
     own_combine: ClassVar[str] = ""

@@ -70,6 +70,14 @@ class Attached:
             names[f"{module}.lora_B"] = (layer.d_out, layer.r)
         return names
 
+    def moves(self, name: str) -> bool:
+        """Return whether a tensor is trained unless an algorithm says what is."""
+        return True
+
+    def check(self, params: Tensors) -> None:
+        """Raise ModelError unless the layers can take an adapter: the names and shapes of `shapes()`, in any ranks."""
+        check_fit(params, self.shapes(), any_rank=True)
+
     def init(self, seed: int, dtype: torch.dtype = torch.float32, round_: int | None = None) -> dict[str, Tensor]:
         """Return peft's starting point drawn from our own stream: A Kaiming-uniform (a = sqrt 5), B zero.
 
@@ -100,12 +108,11 @@ class Attached:
         Raises:
             ModelError: names or shapes do not fit this adapter.
         """
-        shapes = self.shapes()
         for tensors in clients:
-            check_fit(tensors, shapes, any_rank=True)
+            self.check(tensors)
         weight = self.first.weight()
         # in the model's order, whatever the order of the message, as sums such as a norm depend on it
-        ordered = [{name: tensors[name] for name in shapes} for tensors in clients]
+        ordered = [{name: tensors[name] for name in self.shapes() if name in tensors} for tensors in clients]
         stack = Stack(ordered, weight.device, torch.promote_types(weight.dtype, torch.float32), moving)
         self.bind(stack)
         return stack
@@ -114,6 +121,7 @@ class Attached:
         """Let the layers compute with what is in the stack now."""
         for module, layer in self.layers.items():
             layer.a, layer.b = stack.views[f"{module}.lora_A"], stack.views[f"{module}.lora_B"]
+            layer.core = stack.views.get(f"{module}.lora_R")
             ranks = [shape[0] for shape in stack.ranks(f"{module}.lora_A")]
             scales = [self.scale(rank) for rank in ranks]
             layer.scale = scales[0] if min(ranks) == max(ranks) else layer.a.new_tensor(scales).view(-1, 1, 1)
@@ -162,7 +170,7 @@ class Attached:
             model: the resident model that the layers are in.
             params: the adapter, names as in `shapes()`.
         """
-        check_fit(params, self.shapes(), any_rank=True)
+        self.check(params)
         state = {}
         for name, value in model.state_dict().items():
             state[name.replace(".base.", ".")] = value
@@ -226,6 +234,10 @@ class Adapter(Part, family=True):
 
     stackable: ClassVar[bool] = False
     """Whether its layers can hold several clients' weights in one pass."""
+    pairs: ClassVar[bool] = False
+    """Whether its tensors are LoRA factors: A and B of every module."""
+    core: ClassVar[bool] = False
+    """Whether they are frozen LoRA factors and a small R between them, the only one that is trained."""
 
     def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
         """Put the adapter's layers into `model`, in place, once; `reference` selects the plain, slower arithmetic."""
@@ -239,6 +251,10 @@ class Adapter(Part, family=True):
         """
         return None
 
+    def scale(self, rank: int) -> float:
+        """Return what the low-rank product of a rank is multiplied by; for adapters with LoRA factors."""
+        raise NotImplementedError
+
 
 Rank: TypeAlias = PositiveInt | dict[str, PositiveInt]
 """A rank for all modules, or module name ending -> rank; modules that none names have the global rank."""
@@ -248,6 +264,7 @@ class Lora(Adapter, name="lora"):
     """Low-rank adaptation (arXiv 2106.09685): W + s B A with s = alpha / r, or alpha / sqrt r (arXiv 2312.03732)."""
 
     stackable: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
 
     r: PositiveInt = 8
     """Rank of the update of each target matrix."""
@@ -341,7 +358,6 @@ class Lora(Adapter, name="lora"):
         return Attached(layers, config, owners, self.scale)
 
     def scale(self, rank: int) -> float:
-        """Return what the low-rank product of a rank is multiplied by."""
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def target_modules(self, model: PreTrainedModel) -> list[str]:

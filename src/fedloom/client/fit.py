@@ -70,7 +70,7 @@ def fit(bench: Bench, jobs: Sequence[Job]) -> list[Fitted]:
         job.lengths = job.rows.lengths()
         job.steps = step_rows(trainer, job.lengths, bench.seed, job.round, job.client)
     lr = trainer.lr * trainer.schedule.factor(jobs[0].round, bench.schedule_rounds)
-    stack = bench.attached.load([job.effect.start for job in jobs], effect.trainable)
+    stack = bench.attached.load([job.effect.start for job in jobs], effect.trainable or bench.attached.moves)
     lanes = [_Lane(job, bench, lr, stack, k) for k, job in enumerate(jobs)]
     final: dict[str, dict[str, Tensor]] = {}
     states: dict[str, Bundle] = {}

@@ -1,7 +1,8 @@
 """The LoRA linear layer for K clients at once, on one frozen weight.
 
 Tokens of the input belong to clients in runs: first client 0's, then client 1's. Client k's tokens see the base weight
-W and its own factors A_k (r, d_in), B_k (d_out, r):   y = x W^T + s_k (x A_k^T) B_k^T.   K = 1 is plain LoRA.
+W and its own factors A_k (r, d_in), B_k (d_out, r):   y = x W^T + s_k (x A_k^T) B_k^T.   K = 1 is plain LoRA. With a
+core R_k (r, r) between them, B_k R_k takes the place of B_k.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Siblings:
 
 def fused(x: Tensor, layers: Sequence[LoraLinear]) -> list[Tensor]:
     """Return the output of each layer for the same x (..., d_in), as one node of the graph."""
-    factors = [factor for layer in layers for factor in (layer.a, layer.b)]
+    factors = [factor for layer in layers for factor in layer.factors()]
     flat = x.reshape(-1, x.shape[-1])
     outs = _Fused.apply(flat, tuple(layers), *factors)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outs]
@@ -158,6 +159,7 @@ class LoraLinear(nn.Module):
     Attributes:
         base: the layer that was replaced.
         a, b: (K, r, d_in) and (K, d_out, r), set by `Attached.load`; a smaller rank is padded with zeros.
+        core: (K, r, r), what stands between B and A; None: nothing does.
         scale: s, or (K, 1, 1) of them where clients have different ranks.
         enabled: False computes the base alone.
         streams: one generator a client while training with dropout; empty means no dropout.
@@ -174,6 +176,7 @@ class LoraLinear(nn.Module):
         # a Conv1D keeps its weight transposed
         rows, columns = base.weight.shape if isinstance(base, Conv1D) else reversed(shape(base))
         self.d_out, self.d_in = columns, rows
+        self.core: Tensor | None = None
         self.scale: float | Tensor = 1.0
         self.enabled = False
         self.streams: tuple[torch.Generator, ...] = ()
@@ -188,6 +191,10 @@ class LoraLinear(nn.Module):
             raise ModelError(
                 f"adapter.targets: {name} is a {type(module).__name__}; LoRA here adapts linear layers only"
             )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (K, r, d_in) and B (K, d_out, r), the core multiplied into B; differentiable."""
+        return self.a, self.b if self.core is None else self.b @ self.core
 
     def weight(self) -> Tensor:
         """Return the frozen weight as (d_out, d_in)."""
@@ -237,13 +244,11 @@ class LoraLinear(nn.Module):
         dtype = self.a.dtype if self.exact else x.dtype
         low = x.reshape(-1, self.d_in).to(dtype)
         parts = low.split(self.spans.tokens or len(low) // len(self.a))
-        outs = []
+        (a, b), outs = self.factors(), []
         for k, part in enumerate(parts):
             if dropping:
                 part = part * self._keep(part, self.streams[k])
-            outs.append(
-                functional.linear(functional.linear(part, self.a[k].to(dtype)), self.b[k].to(dtype)) * self._scale(k)
-            )
+            outs.append(functional.linear(functional.linear(part, a[k].to(dtype)), b[k].to(dtype)) * self._scale(k))
         low = outs[0] if len(outs) == 1 else torch.cat(outs)
         return (y + low.view(y.shape)).to(y.dtype)
 
