@@ -1,0 +1,166 @@
+"""Dec-LoRA (Ghiasvand et al., arXiv 2501.15361): no server, clients mix with their neighbours.
+
+    client i:  w_i <- local steps from w_i,   then   w_i <- sum_j Q_ij w_j,   for A and B apart
+               Q_ij = 1 / (1 + max(deg_i, deg_j)) for neighbours, Q_ii = 1 - sum_j Q_ij      (Metropolis)
+
+What is here called server is the wire: it holds each client's last sent adapter until its neighbours have it. Clients
+mix at the beginning of the next round, and before they are measured or exported; the global adapter is the mean over
+clients, which mixing keeps. A client mixes its own adapter from its memory, so that it never travels to itself.
+
+On the wire: up w_i, b P bytes; down the neighbours' adapters, deg_i b P.
+
+`neighbour_distance` in a client's metrics is how far mixing moved it, ||w_i - sum_j Q_ij w_j||; slot `consensus` holds
+sum_i ||w_i - mean||^2 of what was sent.
+
+Differs from the paper in: nothing is known to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+from fedloom import graphs, seeds, tensors
+from fedloom.algorithms.base import Client, Server
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.data.partition import Natural
+from fedloom.graphs import Graph, Ring
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, RecipeError, ServerState, Split, Steps, Tensors, done
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedloom.recipe import Recipe
+
+PEER, MEAN = "peer:", "mean"
+"""Prefix of the slot, and of the message group, with one client's adapter; the group with the mean of all."""
+LOOKED_AT = 16
+"""Rounds in which the recipe's sampler is asked whether it takes everybody."""
+
+
+class DecLora(FedAvg, name="dec-lora"):
+    """Gossip: every client averages with its neighbours in a graph."""
+
+    personal: ClassVar[bool] = True
+    own_combine: ClassVar[str] = "every client mixes with its own neighbours"
+    own_step: ClassVar[str] = "there is no server"
+
+    weighting: Literal["uniform"] = "uniform"
+    """Every client counts the same."""
+    graph: Graph = Ring()
+    """Who talks to whom."""
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        names, data = [f"client-{i + 1}" for i in range(recipe.data.clients)], recipe.data
+        with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
+            cohorts = (recipe.sampler.cohort(t, names, recipe.seed) for t in range(min(recipe.rounds, LOOKED_AT)))
+            if any(len(cohort) < len(names) for cohort in cohorts):
+                yield (
+                    f"sampler={recipe.sampler.part_name} leaves clients out, but with algorithm=dec-lora every client "
+                    "mixes with its neighbours in every round; set sampler=uniform without fraction and count"
+                )
+        if isinstance(data.partition, Natural) or data.unseen:
+            return  # how many clients there are is known with the rows
+        stream = seeds.generator(recipe.seed, 0, None, "graph")
+        if apart := graphs.lonely(self.graph.edges(len(names), stream), names):
+            yield self._torn(apart)
+
+    def mixing(self, clients: Iterable[str], stream: torch.Generator) -> dict[str, dict[str, float]]:
+        """Return client -> neighbour -> Q_ij.
+
+        Raises:
+            RecipeError: the graph is not connected.
+        """
+        names = list(clients)
+        edges = self.graph.edges(len(names), stream)
+        if apart := graphs.lonely(edges, names):
+            raise RecipeError(self._torn(apart))
+        rows = graphs.metropolis(edges).tolist()
+        near = edges.tolist()
+        return {name: {names[j]: rows[i][j] for j in range(len(names)) if near[i][j]} for i, name in enumerate(names)}
+
+    def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
+        near = self.mixing(server.clients, server.stream(0, "graph")).get(client)
+        if near is None:  # it never trains, so it is nobody's neighbour
+            return Message({MEAN: Bundle(_mean(state))})
+        # before its first round a neighbour is where everybody starts
+        return Message(
+            {f"{PEER}{name}": Bundle(_sent(state, name), {"weight": weight}) for name, weight in near.items()}
+        )
+
+    def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
+        own = _own(client.memory, client.initial)
+        start = _mixed(own, message, client.initial)
+        fitted = yield from client.fit(start)
+        adapter = tensors.add(start, tensors.sub(fitted.params, start))  # as a server would apply it
+        moved = tensors.norm(tensors.sub(start, own))
+        metrics = {**client.update({}, fitted).metrics, "neighbour_distance": moved}
+        near = {group.removeprefix(PEER): bundle.scalars["weight"] for group, bundle in message.groups.items()}
+        memory = {**client.memory, "adapter": Bundle(adapter, near)}
+        return ClientUpdate(client.name, client.weight, Message({"adapter": Bundle(adapter)}), metrics), memory
+
+    def trained(self, server: Server, state: ServerState, update: ClientUpdate) -> Tensors | None:
+        return update.message.groups["adapter"].tensors
+
+    def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
+        return done(Message({f"{PEER}{update.client}": update.message.groups["adapter"] for update in updates}))
+
+    def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
+        after = replace(state, round=state.round + 1, slots={**state.slots, **combined.groups})
+        mean, sent = _mean(after), _all_sent(after)
+        apart = sum(tensors.norm(tensors.sub(one, mean)) ** 2 for one in sent)
+        return done(replace(after, slots={**after.slots, "consensus": Bundle(scalars={"distance": apart})}))
+
+    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
+        if MEAN in message.groups:
+            return (yield from client.score(message.groups[MEAN].tensors, split))
+        mixed = _mixed(_own(client.memory, client.initial), message, client.initial)
+        return (yield from client.score(mixed, split))
+
+    def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
+        if memory is None:
+            return {"shared": _mean(state)}
+        near = memory["adapter"].scalars if "adapter" in memory else {}
+        held = {f"{PEER}{name}": Bundle(_sent(state, name), {"weight": weight}) for name, weight in near.items()}
+        return {"local": _mixed(_own(memory, state.params), Message(held), state.params)}
+
+    def _torn(self, apart: list[str]) -> str:
+        knob = "algorithm.graph.p" if "p" in type(self.graph).model_fields else "algorithm.graph"
+        return (
+            f"algorithm.graph={self.graph.part_name}: the graph is not connected, client-1 cannot reach "
+            f"{', '.join(apart[:5])}; raise {knob}, choose another seed, or set algorithm.graph=ring"
+        )
+
+
+def _sent(state: ServerState, name: str) -> Tensors:
+    return state.slots.get(f"{PEER}{name}", Bundle()).tensors
+
+
+def _all_sent(state: ServerState) -> list[Tensors]:
+    return [bundle.tensors for group, bundle in state.slots.items() if group.startswith(PEER)]
+
+
+def _own(memory: Memory, initial: Tensors) -> Tensors:
+    return memory["adapter"].tensors if "adapter" in memory else initial
+
+
+def _mixed(own: Tensors, message: Message, initial: Tensors) -> dict[str, Tensor]:
+    """Return w_i + sum_j Q_ij (w_j - w_i): sums to Q_ii w_i + ..., and stays w_i exactly where all are equal."""
+    mixed = dict(own)
+    for bundle in message.groups.values():
+        other = bundle.tensors or initial
+        mixed = tensors.add(mixed, tensors.sub(other, own), alpha=bundle.scalars["weight"])
+    return mixed
+
+
+def _mean(state: ServerState) -> Tensors:
+    """Return the mean of what the clients sent, folded so that equal adapters give exactly themselves."""
+    sent = _all_sent(state)
+    mean = dict(sent[0]) if sent else dict(state.params)
+    for count, one in enumerate(sent[1:], start=2):
+        mean = tensors.add(mean, tensors.sub(one, mean), alpha=1 / count)
+    return mean
