@@ -155,12 +155,14 @@ class Rehearsal:
         )
 
     def draw(self, round_: int) -> dict[str, Tensor]:
-        """Return an adapter of the layers: A random, B zero."""
+        """Return an adapter of the layers: A random, B zero, and R where the algorithm trains one."""
         stream, params = seeds.generator(0, round_, None, "survey"), {}
         for module, (d_out, d_in) in self.shapes.layers.items():
             rank = self.shapes.ranks.whole[module]
             params[f"{module}.lora_A"] = torch.randn(rank, d_in, generator=stream).to(self.shapes.dtype)
             params[f"{module}.lora_B"] = torch.zeros(d_out, rank, dtype=self.shapes.dtype)
+            if self.algorithm.needs_core:
+                params[f"{module}.lora_R"] = torch.zeros(rank, rank, dtype=self.shapes.dtype)
         return params
 
     def train(self, name: str, round_: int, message: Message) -> tuple[ClientUpdate, Memory]:

@@ -295,7 +295,8 @@ class World:
 
     def parameters(self) -> int:
         """Return the number of trainable parameters."""
-        return tensors.numel(self.assets.initial)
+        moves = self.assets.attached.moves
+        return tensors.numel({name: t for name, t in self.assets.initial.items() if moves(name)})
 
     def rows(self, client: str) -> Rows:
         """Return a participant's training rows."""
