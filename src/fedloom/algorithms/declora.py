@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
 from fedloom import graphs, seeds, tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.stacking import mean_of
 from fedloom.data.partition import Natural
 from fedloom.graphs import Graph, Ring
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, RecipeError, ServerState, Split, Steps, Tensors, done
@@ -36,8 +37,12 @@ if TYPE_CHECKING:
 
     from fedloom.recipe import Recipe
 
-PEER, MEAN = "peer:", "mean"
-"""Prefix of the slot, and of the message group, with one client's adapter; the group with the mean of all."""
+PEER = "peer:"
+"""Prefix of the slot with what one client sent last."""
+PEERS, MEAN = "peers", "mean"
+"""The message group with the neighbours' adapters and weights; for a client outside the graph, that with the mean."""
+Near: TypeAlias = Mapping[str, tuple[float, Tensors]]
+"""Neighbour -> its weight, and what it sent last (empty: nothing yet)."""
 LOOKED_AT = 16
 """Rounds in which the recipe's sampler is asked whether it takes everybody."""
 
@@ -87,20 +92,18 @@ class DecLora(FedAvg, name="dec-lora"):
         near = self.mixing(server.clients, server.stream(0, "graph")).get(client)
         if near is None:  # it never trains, so it is nobody's neighbour
             return Message({MEAN: Bundle(_mean(state))})
-        # before its first round a neighbour is where everybody starts
-        return Message(
-            {f"{PEER}{name}": Bundle(_sent(state, name), {"weight": weight}) for name, weight in near.items()}
-        )
+        return Message({PEERS: _packed({name: (weight, _sent(state, name)) for name, weight in near.items()})})
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
         own = _own(client.memory, client.initial)
-        start = _mixed(own, message, client.initial)
+        near = _unpacked(message.groups[PEERS])
+        start = _mixed(own, near, client.initial)
         fitted = yield from client.fit(start)
         adapter = tensors.add(start, tensors.sub(fitted.params, start))  # as a server would apply it
         moved = tensors.norm(tensors.sub(start, own))
         metrics = {**client.update({}, fitted).metrics, "neighbour_distance": moved}
-        near = {group.removeprefix(PEER): bundle.scalars["weight"] for group, bundle in message.groups.items()}
-        memory = {**client.memory, "adapter": Bundle(adapter, near)}
+        weights = {name: weight for name, (weight, _) in near.items()}
+        memory = {**client.memory, "adapter": Bundle(adapter, weights)}
         return ClientUpdate(client.name, client.weight, Message({"adapter": Bundle(adapter)}), metrics), memory
 
     def trained(self, server: Server, state: ServerState, update: ClientUpdate) -> Tensors | None:
@@ -118,15 +121,16 @@ class DecLora(FedAvg, name="dec-lora"):
     def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
         if MEAN in message.groups:
             return (yield from client.score(message.groups[MEAN].tensors, split))
-        mixed = _mixed(_own(client.memory, client.initial), message, client.initial)
+        near = _unpacked(message.groups[PEERS])
+        mixed = _mixed(_own(client.memory, client.initial), near, client.initial)
         return (yield from client.score(mixed, split))
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         if memory is None:
             return {"shared": _mean(state)}
         near = memory["adapter"].scalars if "adapter" in memory else {}
-        held = {f"{PEER}{name}": Bundle(_sent(state, name), {"weight": weight}) for name, weight in near.items()}
-        return {"local": _mixed(_own(memory, state.params), Message(held), state.params)}
+        held = {name: (weight, _sent(state, name)) for name, weight in near.items()}
+        return {"local": _mixed(_own(memory, state.params), held, state.params)}
 
     def _torn(self, apart: list[str]) -> str:
         knob = "algorithm.graph.p" if "p" in type(self.graph).model_fields else "algorithm.graph"
@@ -148,19 +152,38 @@ def _own(memory: Memory, initial: Tensors) -> Tensors:
     return memory["adapter"].tensors if "adapter" in memory else initial
 
 
-def _mixed(own: Tensors, message: Message, initial: Tensors) -> dict[str, Tensor]:
-    """Return w_i + sum_j Q_ij (w_j - w_i): sums to Q_ii w_i + ..., and stays w_i exactly where all are equal."""
+def _packed(near: Near) -> Bundle:
+    """Return neighbours as one group of a message."""
+    held, weights, names = dict[str, Tensor](), dict[str, float](), dict[str, str]()
+    for place, (name, (weight, params)) in enumerate(near.items()):
+        held.update({f"{place}.{key}": t for key, t in params.items()})
+        weights[f"{place}.weight"], names[f"{place}.client"] = weight, name
+    return Bundle(held, weights, names)
+
+
+def _unpacked(bundle: Bundle) -> Near:
+    """Return the neighbours of `_packed`, in the same order."""
+    near = {}
+    for place in range(len(bundle.texts)):
+        begins = f"{place}."
+        params = {key.removeprefix(begins): t for key, t in bundle.tensors.items() if key.startswith(begins)}
+        near[bundle.texts[f"{place}.client"]] = (bundle.scalars[f"{place}.weight"], params)
+    return near
+
+
+def _mixed(own: Tensors, near: Near, initial: Tensors) -> dict[str, Tensor]:
+    """Return w_i + sum_j Q_ij (w_j - w_i), which is w_i exactly where all are equal.
+
+    Args:
+        near: a neighbour that never sent anything is where everybody starts.
+    """
     mixed = dict(own)
-    for bundle in message.groups.values():
-        other = bundle.tensors or initial
-        mixed = tensors.add(mixed, tensors.sub(other, own), alpha=bundle.scalars["weight"])
+    for weight, params in near.values():
+        mixed = tensors.add(mixed, tensors.sub(params or initial, own), alpha=weight)
     return mixed
 
 
 def _mean(state: ServerState) -> Tensors:
-    """Return the mean of what the clients sent, folded so that equal adapters give exactly themselves."""
+    """Return the mean of what the clients sent; before the first round it is where everybody starts."""
     sent = _all_sent(state)
-    mean = dict(sent[0]) if sent else dict(state.params)
-    for count, one in enumerate(sent[1:], start=2):
-        mean = tensors.add(mean, tensors.sub(one, mean), alpha=1 / count)
-    return mean
+    return mean_of([(1.0, one) for one in sent]) if sent else state.params

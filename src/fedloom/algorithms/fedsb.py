@@ -21,7 +21,7 @@ clients' (a gradient on private rows would tell of them).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -34,23 +34,22 @@ from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client.lora_sb import CORE, cores, frozen, is_core, orthonormal, plain
 from fedloom.server.aggregate import Around
-from fedloom.types import Bundle, ClientUpdate, Gradient, Memory, Message, ServerState, Split, Steps, Tensors, done
+from fedloom.types import Bundle, ClientUpdate, Gradient, Memory, Message, ServerState, Split, Steps, Tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from fedloom.recipe import Recipe
 
 OVERSAMPLING = 8
 """Directions beyond r that the randomised SVD looks at."""
-FROZEN, HOLDERS = "frozen", "holders"
-"""The group with A and B, in messages and memories; the slot that names the clients that have them."""
+FROZEN = "frozen"
+"""The group with A and B, in a client's first message and then in its memory."""
 
 
 class FedSb(FedAvg, name="fed-sb"):
     """Averages of R (r, r) between frozen A and B; for `adapter: lora-sb`."""
 
     needs_core: ClassVar[bool] = True
+    tells_missed: ClassVar[bool] = True
 
     start: Literal["gradient", "random"] = "gradient"
     """Whence A and B: the gradient on the server's rows (`data.public`), or random orthonormal ones with R = 0."""
@@ -89,7 +88,7 @@ class FedSb(FedAvg, name="fed-sb"):
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         groups = {"params": Bundle(cores(state.params))}
-        if self.start == "gradient" and client not in state.slots.get(HOLDERS, Bundle()).scalars:
+        if self.start == "gradient" and client not in state.seen:
             groups[FROZEN] = Bundle(frozen(state.params))
         return Message(groups)
 
@@ -107,17 +106,9 @@ class FedSb(FedAvg, name="fed-sb"):
         # A and B are orthonormal: distances of R are those of the products
         return replace(super().around(server, state), params=cores(state.params), scale=None)
 
-    def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
-        names: list[str] = []
-        combined = server.aggregator.combine(_noted(updates, names), self.around(server, state))
-        # not `ServerState.seen`: a client whose update was refused has lost A and B with its memory of the round
-        return done(Message({**combined.groups, HOLDERS: Bundle(scalars=dict.fromkeys(names, 1.0))}))
-
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
         after = yield from super().step(server, replace(state, params=cores(state.params)), combined)
-        holders = {**state.slots.get(HOLDERS, Bundle()).scalars, **combined.groups[HOLDERS].scalars}
-        slots = {**after.slots, HOLDERS: Bundle(scalars=holders)}
-        return replace(after, params={**state.params, **after.params}, slots=slots)
+        return replace(after, params={**state.params, **after.params})
 
     def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
         params = {**self._frozen(client, message), **message.groups["params"].tensors}
@@ -164,9 +155,3 @@ class FedSb(FedAvg, name="fed-sb"):
             params[f"{module}.{other}"] = like.new_zeros(shape)
         found: Tensors = yield Gradient(params, self.examples)
         return {module: found[f"{module}.{other}"] for module in values}
-
-
-def _noted(updates: Iterable[ClientUpdate], names: list[str]) -> Iterator[ClientUpdate]:
-    for update in updates:
-        names.append(update.client)
-        yield update
