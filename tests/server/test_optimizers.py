@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.client.test_trainer import _bench, _rows
 from tests.helpers import adapter, lines, run, same
 
 import fedloom
@@ -249,26 +250,6 @@ def test_rounds_tell_how_the_worst_client_fares(tiny_folder: Path, tmp_path: Pat
 
 
 def _setting(trainer: Trainer) -> Any:
-    """Return ten rows, an adapter with B off zero and a bench in float64."""
-    import numpy as np
-    from tests.tiny import tiny_model
-
-    from fedloom.client.adapters import Lora
-    from fedloom.client.objectives import Sft
-    from fedloom.client.trainer import Bench, Rows
-    from fedloom.data.encode import Encoded
-
-    stream = np.random.default_rng(0)
-    lengths = stream.integers(6, 20, 10)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    ids = stream.integers(3, 250, starts[-1]).astype(np.int32)
-    train = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
-    rows = Rows(Encoded(ids, train, starts, lengths), np.arange(10))
-    model = tiny_model(torch.float64).requires_grad_(False)
-    attached = Lora(r=2, alpha=4).attach(model)
-    drawn = torch.Generator().manual_seed(1)
-    start = {
-        name: t + 0.05 * torch.randn(t.shape, generator=drawn, dtype=t.dtype)
-        for name, t in attached.init(0, torch.float64).items()
-    }
-    return rows, start, Bench(model, attached, Sft(), trainer, 0, 10)
+    """Return ten rows, an adapter and a bench in float64."""
+    bench = _bench(trainer)
+    return _rows(), bench.attached.init(0, torch.float64), bench
