@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from fedloom.client import generate
-from fedloom.client.generate import cut, greedy, sample
+from fedloom.client.generate import Decoding, answers, cut, greedy, sample
 from fedloom.types import DataError, RecipeError
 
 TOKENIZER = tiny_tokenizer()
@@ -289,3 +289,47 @@ def test_knobs_out_of_range_are_refused_at_once(
 ) -> None:
     with pytest.raises(RecipeError, match=knob):
         sample(model, TOKENIZER, "x", 3, temperature, top_p, 0)
+
+
+def test_waiting_prompts_take_the_places_of_ended_ones(ending: PreTrainedModel) -> None:
+    prompts = [f"{SYSTEM}{'x' * (7 * i % 23)} {i}" for i in range(24)]
+    expected = [oracle(ending, prompt, 20, MANY_ENDS) for prompt in prompts]
+    with watched(ending) as shapes:
+        assert greedy(ending, TOKENIZER, prompts, 20, batch_rows=8) == expected
+    begun = [i for i, (_, tokens) in enumerate(shapes) if tokens > 1][2:]
+    assert begun  # after the common beginning and the first batch
+    assert any(shapes[i - 1][0] > 1 for i in begun)  # while others were being answered
+    assert max(rows for rows, _ in shapes) == 8
+
+
+def test_columns_that_nobody_needs_any_more_are_dropped(ending: PreTrainedModel) -> None:
+    widths: list[int] = []
+    hook = ending.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs.get("attention_mask", torch.ones(1, 1)).shape[1]),
+        with_kwargs=True,
+    )
+    greedy(ending, TOKENIZER, [f"{'x' * (60 - i)} {i}" for i in range(40)], 20, batch_rows=4)
+    hook.remove()
+    assert max(widths) < 60 + 2 * 20  # without that it grows with every prompt
+
+
+def test_sampled_answers_do_not_depend_on_the_batch() -> None:
+    other = tiny_model()
+    other.generation_config.eos_token_id = MANY_ENDS
+    drawn = [
+        answers(other, TOKENIZER, PROMPTS * 2, 12, Decoding(temperature=1.0, top_p=0.9, seed=3, batch_rows=rows))
+        for rows in (1, 4, 32)
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0][: len(PROMPTS)] != drawn[0][len(PROMPTS) :]  # equal prompts are drawn apart
+    assert answers(other, TOKENIZER, PROMPTS * 2, 12, Decoding(temperature=1.0, top_p=0.9, seed=4)) != drawn[0]
+
+
+def test_a_nucleus_of_more_tokens_than_are_sorted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "NUCLEUS", 2)
+    logits, stream = torch.tensor([0.3, 0.1, 0.3, 0.3]).log(), torch.Generator().manual_seed(0)
+    assert {generate._draw(logits, 0.85, stream) for _ in range(300)} == {0, 2, 3}
+
+
+def test_no_token_at_all(model: PreTrainedModel) -> None:
+    assert greedy(model, TOKENIZER, ["x"], 0) == [""]

@@ -2,7 +2,7 @@
 
 - `strict` and `flexible` are the two filters of lm-evaluation-harness's task gsm8k: the first number after `#### `, and
   the last run that looks like a number; both compare strings, so "18.00" is not "18". They serve comparison with
-  published results.
+  published results. `strict_chain` is the strict filter of its task gsm8k_cot: the first number after "The answer is ".
 - `numeric` is ours: the first number after the last marker (`####`, "the answer is", `\\boxed{`), else the last number
   of the text; values are compared as exact fractions.
 
@@ -19,6 +19,7 @@ from types import MappingProxyType
 from fedloom.types import DataError
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_STRICT_CHAIN = re.compile(r"The answer is (-?[0-9.,]+).")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = re.compile(r"[,$]|\.$")
 
@@ -35,6 +36,12 @@ _NUMBER = re.compile(
 def strict(output: str) -> str | None:
     """Return the number after the first `#### `, normalised as lm-evaluation-harness does, or None."""
     found = _STRICT.search(output)
+    return _plain(found[1]) if found else None
+
+
+def strict_chain(output: str) -> str | None:
+    """Return the number after the first `The answer is `, normalised likewise; one more character must follow it."""
+    found = _STRICT_CHAIN.search(output)
     return _plain(found[1]) if found else None
 
 
@@ -110,3 +117,6 @@ RULES: Mapping[str, Callable[[str, str], bool]] = MappingProxyType(
     {"strict": _same_text(strict), "flexible": _same_text(flexible), "numeric": _same_value}
 )
 """Rule name -> whether an output gives the same number as a gold answer (the whole text, or the number alone)."""
+
+CHAIN_RULES: Mapping[str, Callable[[str, str], bool]] = MappingProxyType({**RULES, "strict": _same_text(strict_chain)})
+"""The same for outputs that end in "The answer is N."."""

@@ -1,26 +1,34 @@
-"""GSM8K accuracy (arXiv 2110.14168) by greedy generation with the training template."""
+"""GSM8K accuracy (arXiv 2110.14168) by greedy generation: zero-shot with the training template, or by worked examples.
+
+With `shots`, the prompt is bare text as in the literature (arXiv 2201.11903): questions and worked answers that end in
+"The answer is N.", then the question. The examples are the first of the training file, so that nobody's prompt is
+repeated here; to compare with figures that stand behind other examples, give these with `examples`.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
-from fedloom import seeds
+from fedloom.client.generate import GREEDY, Decoding
 from fedloom.data.named import Gsm8k
 from fedloom.data.rows import Row
 from fedloom.evaluate import extract
 from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
-from fedloom.types import DataError, Split
+from fedloom.evaluate.items import Scored, drawn, over_adapters
+from fedloom.types import DataError, Split, Tensors
 
 
 class Gsm8kAccuracy(Evaluator, name="gsm8k"):
     """Share of test problems whose final number is right, by three rules.
 
     `numeric` (ours: exact fractions after the last marker), `strict` and `flexible` (those of lm-evaluation-harness,
-    for comparison), and `marked`, the share of outputs that mark their answer.
+    for comparison); `marked`, the share of outputs that mark their answer; `unparseable`, that of outputs without any
+    number.
     """
 
     primary: ClassVar[str] = "numeric"
@@ -28,46 +36,58 @@ class Gsm8kAccuracy(Evaluator, name="gsm8k"):
 
     limit: PositiveInt | None = 100
     """Problems, drawn with the recipe's seed; null: all 1,319."""
+    shots: int = Field(default=0, ge=0, le=32)
+    """Worked examples before each problem, as bare text; 0: the training template; the literature has 8."""
     max_new_tokens: PositiveInt = 256
     """Longest answer."""
     path: Path | None = None
     """The test file; by default it is found as the named set gsm8k is."""
+    examples: Path | None = None
+    """A file of worked examples (question, answer); by default the training file of the named set gsm8k."""
 
     def problems(self, split: Split, seed: int) -> list[Row]:
         """Return the problems of `split`; those that judge a run in its course are none of those that judge its end.
 
         Raises:
-            DataError: `validation` problems are asked for and too few are left beside the `limit` of the end.
+            DataError: `validation` problems are asked for and none is left beside those of the end.
         """
         rows = Gsm8k(split="test", path=self.path).rows(seed)
-        order = seeds.numpy_generator(seed, None, None, "gsm8k").permutation(len(rows)).tolist()
-        size = len(rows) if self.limit is None else self.limit
-        chosen = order[:size] if split == "test" else order[size : 2 * size]
-        if not chosen:
-            raise DataError(
-                f"evaluator gsm8k: all {len(rows)} problems are kept for the end, so none is left for "
-                f"`every: {self.every}`; "
-                f"set limit to at most {len(rows) // 2}, or every: 0"
-            )
-        return [rows[i] for i in sorted(chosen)]
+        return [rows[i] for i in drawn("gsm8k", len(rows), self.limit, split, seed)]
+
+    def prompts(self, rows: list[Row], view: View) -> list[str]:
+        """Return the prompts of problems."""
+        if not self.shots:
+            return view.prompts([row.turns[:-1] for row in rows])
+        worked = Gsm8k(split="train", path=self.examples).rows(view.seed)[: self.shots]
+        if len(worked) < self.shots:
+            raise DataError(f"evaluator gsm8k: {len(worked)} worked examples for shots={self.shots}; set it lower")
+        head = "".join(f"Q: {row.turns[0].text}\nA: {_chain(row.turns[-1].text)}\n\n" for row in worked)
+        return view.texts([f"{head}Q: {row.turns[0].text}\nA:" for row in rows])
 
     def evaluate(self, view: View) -> Evaluation:
         rows = self.problems(view.split, view.seed)
-        prompts = view.prompts([row.turns[:-1] for row in rows])
-        golds = [row.turns[-1].text for row in rows]
-        samples: list[tuple[str | None, Sample]] = []
-        clients: dict[str | None, dict[str, float]] = {}
-        for client, adapter in view.adapters.items():
-            outputs = view.generate(adapter, prompts, self.max_new_tokens)
-            hits: dict[str, list[bool]] = {name: [] for name in (*extract.RULES, "marked")}
-            for row, prompt, output, gold in zip(rows, prompts, outputs, golds, strict=True):
-                for name, rule in extract.RULES.items():
+        prompts = self.prompts(rows, view)
+        decoding = Decoding(stop=("Q:",)) if self.shots else GREEDY
+        rules = extract.CHAIN_RULES if self.shots else extract.RULES
+
+        def score(adapter: Tensors | None) -> Scored:
+            outputs = view.generate(adapter, prompts, self.max_new_tokens, decoding)
+            hits: dict[str, list[bool]] = {name: [] for name in (*rules, "marked", "unparseable")}
+            samples = []
+            for row, prompt, output in zip(rows, prompts, outputs, strict=True):
+                gold, number = row.turns[-1].text, extract.numeric(output)
+                for name, rule in rules.items():
                     hits[name].append(rule(output, gold))
                 hits["marked"].append(extract.has_marker(output))
-                found = extract.numeric(output)
-                shown = None if found is None else str(found)
-                samples.append((client, Sample(row.id, prompt, output, shown, gold, float(hits["numeric"][-1]))))
-            clients[client] = {name: float(np.mean(values)) for name, values in hits.items()}
-        names = next(iter(clients.values())).keys()
-        mean = {name: float(np.mean([one[name] for one in clients.values()])) for name in names}
-        return Evaluation(mean, {c: m for c, m in clients.items() if c is not None}, samples)
+                hits["unparseable"].append(number is None)
+                shown = None if number is None else str(number)
+                samples.append(Sample(row.id, prompt, output, shown, gold, float(hits["numeric"][-1])))
+            return {name: float(np.mean(values)) for name, values in hits.items()}, samples
+
+        return over_adapters(view, score, {"items": len(rows)})
+
+
+def _chain(answer: str) -> str:
+    """Return a worked answer in prose: without the calculator's marks, its last line a sentence."""
+    steps, _, number = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
+    return f"{steps.strip()} The answer is {number.strip()}." if steps.strip() else answer.strip()

@@ -1,0 +1,77 @@
+"""ROUGE-L (Lin, 2004): how much of a reference's words an answer holds, in their order.
+
+With LCS the longest common subsequence of words: P = LCS / words of the answer, R = LCS / words of the reference,
+F = 2 P R / (P + R). Words are runs of letters and digits in lower case, unstemmed; of several references the best
+counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import PositiveInt
+
+from fedloom.data.rows import Turn
+from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
+from fedloom.evaluate.items import Scored, drawn, found, over_adapters, records
+from fedloom.types import DataError, Tensors
+
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+def rouge_l(output: str, reference: str) -> float:
+    """Return the F of the longest common subsequence of words; 0 where either has no word."""
+    a, b = (_WORD.findall(text.lower()) for text in (output, reference))
+    if not a or not b:
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for i, other in enumerate(b, 1):
+            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
+    return 2 * row[-1] / (len(a) + len(b))
+
+
+class Rouge(Evaluator, name="rouge"):
+    """Mean ROUGE-L of greedy answers to instructions, with the training template."""
+
+    primary: ClassVar[str] = "rouge_l"
+    higher_is_better: ClassVar[bool] = True
+
+    limit: PositiveInt | None = 50
+    """Instructions, drawn with the recipe's seed; null: all."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer."""
+    path: Path | None = None
+    """A file with the columns instruction, input (may be absent) and output (a text or a list of them); by default
+    $FEDLOOM_DATA/instruct/user_oriented_instructions.jsonl."""
+
+    def evaluate(self, view: View) -> Evaluation:
+        file = found("rouge", self.path, "instruct/user_oriented_instructions.jsonl")
+        rows = records(file, "instruction")
+        asked = [(i, *_read(rows[i], file)) for i in drawn("rouge", len(rows), self.limit, view.split, view.seed)]
+        prompts = view.prompts([(Turn("user", text),) for _, text, _ in asked])
+
+        def score(adapter: Tensors | None) -> Scored:
+            outputs = view.generate(adapter, prompts, self.max_new_tokens)
+            samples = []
+            for (i, _, references), prompt, output in zip(asked, prompts, outputs, strict=True):
+                best = max(rouge_l(output, one) for one in references)
+                samples.append(Sample(f"rouge-{i}", prompt, output, None, " | ".join(references), best))
+            return {"rouge_l": float(np.mean([one.score for one in samples]))}, samples
+
+        return over_adapters(view, score, {"items": len(asked)})
+
+
+def _read(record: Any, file: Path) -> tuple[str, Sequence[str]]:
+    """Return the instruction with its input, and the references; an instance of self-instruct holds both."""
+    source = record["instances"][0] if record.get("instances") else record
+    given, output = str(source.get("input") or ""), source.get("output")
+    references = [output] if isinstance(output, str) else output
+    if not references:
+        raise DataError(f"{file}: the record {str(record['instruction'])[:60]!r} has no output to compare with")
+    return f"{record['instruction']}\n\n{given}".strip(), references
