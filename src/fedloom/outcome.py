@@ -45,6 +45,7 @@ class Totals:
         best: the judging evaluator's best value so far, turned so that higher is better; best_round: its round.
         stale: evaluations since then.
         results: regime -> evaluator -> metric -> value, on test data.
+        evaluation: evaluator -> all that these depend on beside the adapters.
     """
 
     participations: int = 0
@@ -67,6 +68,7 @@ class Totals:
     stale: int = 0
     adapter_sha256: str = ""
     results: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, report: RoundReport) -> None:
         """Book one round."""
@@ -189,6 +191,7 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "metrics": {
             r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()
         },
+        "evaluation": totals.evaluation,
         "best_round": totals.best_round or None,
         "bytes_down": totals.bytes_down,
         "bytes_up": totals.bytes_up,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -248,9 +248,7 @@ class World:
         self.sink.on(Phase(f"evaluating {regime}: {name}"))
         view = RegimeView(self.engine, self.assets.federation, self.recipe, state, regime, split)
         found = evaluator.evaluate(view)
-        found = Evaluation(
-            {**found.metrics, **spread(evaluator, found.clients)}, found.clients, found.samples, found.invalid
-        )
+        found = replace(found, metrics={**found.metrics, **spread(evaluator, found.clients)})
         if found.invalid:
             self.sink.on(Warned(f"{regime}: {name}: {found.invalid} clients have a loss that is not finite"))
         for client, metrics in ((None, found.metrics), *found.clients.items()):
@@ -258,6 +256,8 @@ class World:
             self.metrics.add(state.round, client, named)
         if split == "test":
             write_samples(self.folder, name, regime, state.round, found.samples)
+            knobs = {key: value for key, value in evaluator.dump().items() if key != "every"}
+            self.totals.evaluation[name] = {**knobs, **view.settings(), **found.settings}
         self.sink.on(Phase(""))
         self.sink.on(Evaluated(regime, state.round, name, found.metrics, split == "test"))
         self.totals.evaluate_seconds += time.perf_counter() - began

@@ -133,7 +133,7 @@ def test_bbh_is_exact_match_by_task(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no task of BBH named 'sortin'; did you mean 'sorting'"):
         Bbh(path=tmp_path, tasks=("sortin",)).evaluate(seen)
     (tmp_path / "logic.json").write_text("[]")
-    with pytest.raises(DataError, match="logic.json: not a task of BIG-Bench Hard"):
+    with pytest.raises(DataError, match=r"logic\.json: not a task of BIG-Bench Hard"):
         Bbh(path=tmp_path).evaluate(seen)
 
 
