@@ -28,6 +28,7 @@ from fedloom.tracking import Cohort, RoundReport, Sink, Trained
 from fedloom.types import (
     Bundle,
     ClientUpdate,
+    DataError,
     Effect,
     Fit,
     Fitted,
@@ -271,6 +272,10 @@ class Engine:
                 return self.generate(effect.params, effect.prompts, effect.max_new_tokens)
             case Gradient():
                 rows = self.rows(client, "train")
+                if not len(rows):
+                    raise DataError(
+                        "the server has no rows to take a gradient on; raise data.public, which gives it some"
+                    )
                 first = Rows(rows.encoded, rows.indices[: effect.examples])
                 return fit.gradient(self.stage.bench, first, effect.params)
         raise TypeError(f"{type(effect).__name__} is no effect that is performed alone")
