@@ -81,7 +81,8 @@ class FedSb(FedAvg, name="fed-sb"):
         params = dict(state.params)
         for module, (u, s, vh) in found.items():
             core = params[f"{module}.{CORE}"]
-            size = self.first_step * math.sqrt(u.shape[0] * vh.shape[1]) / max(float(s.norm()), math.ulp(0.0))
+            # without a gradient there is nothing to step along, and R is zero
+            size = self.first_step * math.sqrt(u.shape[0] * vh.shape[1]) / (float(s.norm()) or 1.0)
             for name, t in (("lora_A", vh), ("lora_B", u), (CORE, torch.diag(-size * s))):
                 params[f"{module}.{name}"] = t.to(core.dtype).contiguous()
         return replace(state, params=params)
