@@ -1,0 +1,142 @@
+"""The cells of a bench and their runs: every one an ordinary run folder, which is finished, gone on with, or begun."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedloom import loop
+from fedloom import recipe as recipes
+from fedloom.tracking import Sink
+from fedloom.types import RecipeError, Stopped
+
+Variation = tuple[tuple[str, str], ...]
+"""Keys and values, as texts, by which a cell differs from its recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a bench.
+
+    Attributes:
+        recipe: a shipped name or a file.  variation: how it differs.  seed: of the run.
+        overrides: all its `key=value` texts, the seed included.  folder: its run folder.
+    """
+
+    recipe: str
+    variation: Variation
+    seed: int
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """What the variation is called: its values, with keys where there are several."""
+        if len(self.variation) == 1:
+            return self.variation[0][1]
+        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.variation) or "as it is"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        summary: of summary.json; empty where the cell has no result.  reason: why it has none.
+    """
+
+    cell: Cell
+    summary: Mapping[str, Any]
+    reason: str = ""
+
+
+def grid(
+    names: Sequence[str], settings: Sequence[str], vary: Sequence[str], seeds: Sequence[int], out: Path
+) -> list[Cell]:
+    """Return the cells of recipes x variations x seeds.
+
+    Args:
+        names: recipes.  settings: `key=value` texts for all cells.
+        vary: `key=value,value,...` texts; several multiply. Values are YAML, as in `adapter={name: lora, r: 4},prefix`.
+        out: the folder of the bench.
+
+    Raises:
+        RecipeError: a text is not of that form, or two cells would share a folder.
+    """
+    axes = [[(key, value) for value in values] for key, values in map(_axis, vary)]
+    cells = []
+    for name, variation, seed in product(names, product(*axes), seeds):
+        overrides = (*settings, *(f"{key}={value}" for key, value in variation), f"seed={seed}")
+        place = "-".join([_plain(f"{key.rpartition('.')[2]}={value}") for key, value in variation]) or "as-it-is"
+        cells.append(Cell(name, variation, seed, overrides, out / _plain(Path(name).stem) / place / f"seed-{seed}"))
+    if len({cell.folder for cell in cells}) < len(cells):
+        raise RecipeError("two cells of the bench would be the same run; name every recipe, value and seed once")
+    return cells
+
+
+def run_all(
+    cells: Iterable[Cell], set_files: Sequence[str], sink: Callable[[Cell], Sink], told: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """Run every cell that has no result yet, and return what became of all.
+
+    A recipe that is refused, or a run that had to stop, leaves its reason, and the bench goes on with the next cell.
+
+    Args:
+        set_files: keys to lay over every recipe.  sink: receives the events of a cell's run.
+        told: is told of every cell once it is over.
+    """
+    outcomes = []
+    for cell in cells:
+        outcomes.append(_outcome(cell, set_files, sink))
+        told(outcomes[-1])
+    return outcomes
+
+
+def _outcome(cell: Cell, set_files: Sequence[str], sink: Callable[[Cell], Sink]) -> Outcome:
+    try:
+        wanted = recipes.load(cell.recipe, cell.overrides, set_files).resolved()
+        if not (cell.folder / "recipe.yaml").is_file():
+            return Outcome(cell, loop.run(wanted, out=cell.folder, sink=sink(cell)).summary)
+        if odd := _unlike(cell.folder, wanted):
+            raise RecipeError(
+                f"{cell.folder} is a run of another recipe ({', '.join(odd)} differ); choose another --out"
+            )
+        return Outcome(cell, loop.resume(cell.folder, sink=sink(cell)).summary)
+    except (RecipeError, Stopped) as error:
+        return Outcome(cell, {}, str(error))
+
+
+def _unlike(folder: Path, wanted: recipes.Recipe) -> list[str]:
+    """Return the keys in which a run folder's recipe differs from the one that is wanted, chosen `auto`s aside."""
+    kept, now = recipes.load(folder / "recipe.yaml").dump(), wanted.dump()
+    return [key for key in now if not _agree(kept[key], now[key])]
+
+
+def _agree(kept: Any, now: Any) -> bool:
+    if isinstance(kept, dict) and isinstance(now, dict):
+        return kept.keys() == now.keys() and all(_agree(kept[key], now[key]) for key in kept)
+    return bool(kept == now) or now == "auto"
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """Return the key and the values of `key=value,value,...`; commas within brackets or quotes part nothing."""
+    key, equals, raw = text.partition("=")
+    try:
+        values = yaml.safe_load(f"[{raw}]") if equals else None
+    except yaml.YAMLError:
+        values = None
+    if not key or not values:
+        raise RecipeError(f"--vary {text!r} is not of the form key=value,value, such as algorithm=fedavg,fedprox")
+    return key, [value if isinstance(value, str) else json.dumps(value) for value in values]
+
+
+def _plain(text: str) -> str:
+    """Return a text that can be a file's name."""
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.") or "x"

@@ -1,0 +1,113 @@
+"""A bench is its runs: cells are ordinary run folders, tables say what their summaries say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.helpers import run, tree
+from typer.testing import CliRunner
+
+from fedloom.bench import Cell, Outcome, grid, tabulate
+from fedloom.cli.main import app
+from fedloom.evaluate import stats
+from fedloom.types import RecipeError
+
+TASKS = {"name": "tasks", "items_per_category": 2, "categories": ["units", "sorting"], "max_new_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A bench of two methods, one refused, and two seeds."""
+    folder = tmp_path_factory.mktemp("bench")
+    recipe = folder / "small.yaml"
+    recipe.write_text(yaml.safe_dump(tree(tiny_folder, evaluate=["loss", TASKS], compare=["local"])))
+    words = ["bench", str(recipe), "rounds=1", "--vary", "algorithm=fedavg,fedprox,scaffold", "--seeds", "0,1"]
+    return folder, [*words, "--out", str(folder / "out"), "--quiet"]
+
+
+def _call(words: Any) -> Any:
+    return CliRunner().invoke(app, words)
+
+
+def test_cells_are_runs_and_the_table_is_their_summaries(bench: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    folder, words = bench
+    result = _call(words)
+    assert result.exit_code == 4, result.output  # scaffold needs plain SGD
+    assert "sgd_exact holds for plain SGD only" in result.stdout
+    table = json.loads((folder / "out" / "table.json").read_text())
+    kinds = {(row["variation"], row["regime"]) for row in table["rows"]}
+    assert kinds == {(v, r) for v in ("fedavg", "fedprox") for r in ("base", "local", "federated")}
+    cells = [folder / "out" / "small" / "algorithm=fedavg" / f"seed-{seed}" for seed in (0, 1)]
+    found = [json.loads((cell / "summary.json").read_text())["metrics"]["federated"]["loss"] for cell in cells]
+    row = next(r for r in table["rows"] if (r["variation"], r["regime"]) == ("fedavg", "federated"))
+    assert row["scores"]["loss loss"] == [one["loss"] for one in found]
+    assert row["scores"]["loss loss_worst10"] == [one["loss_worst10"] for one in found]
+    alone = run(tiny_folder, tmp_path / "a", rounds=1, evaluate=["loss", TASKS], compare=["local"], seed=1)
+    assert alone.summary["adapter_sha256"] == json.loads((cells[1] / "summary.json").read_text())["adapter_sha256"]
+    with (folder / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    mean = statistics.fmean(row["scores"]["loss loss"])
+    mine = next(r for r in rows if (r["variation"], r["regime"]) == ("fedavg", "federated"))
+    assert float(mine["loss loss_mean"]) == mean
+    assert float(mine["bytes"]) > 0
+    assert next(r for r in rows if r["regime"] == "local")["bytes"] == "0.0"
+    for end in ("md", "tex"):
+        assert "fedprox" in (folder / "out" / f"table.{end}").read_text()
+
+
+def test_a_bench_goes_on_where_it_was_stopped(bench: Any) -> None:
+    """Finished cells are not run again, a begun one is gone on with, and another recipe in its place is refused."""
+    folder, words = bench
+    _call(words)
+    cell = folder / "out" / "small" / "algorithm=fedprox" / "seed-1"
+    others = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("summary.json") if cell not in p.parents}
+    before = json.loads((cell / "summary.json").read_text())
+    (cell / "summary.json").unlink()
+    _call(words)
+    assert json.loads((cell / "summary.json").read_text())["adapter_sha256"] == before["adapter_sha256"]
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+    odd = _call([*words, "trainer.lr=0.5"])
+    assert "is a run of another recipe (trainer differ)" in odd.stdout
+
+
+def test_comparisons_are_paired(tmp_path: Path) -> None:
+    """Differences and p-values are those of `evaluate.stats` on the items that both runs have."""
+    scores = {"a": [[1, 0, 1, 0], [1, 1, 0, 0]], "b": [[1, 1, 1, 1], [0, 1, 1, 1]]}
+    outcomes = []
+    for label, seeds in scores.items():
+        for seed, found in enumerate(seeds):
+            place = tmp_path / label / str(seed)
+            (place / "samples").mkdir(parents=True)
+            lines = [
+                {"regime": "federated", "client": None, "id": f"i{i}", "score": float(score)}
+                for i, score in enumerate(found)
+            ]
+            (place / "samples" / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            summary = {"metrics": {"base": {}, "federated": {}}, "bytes_up": 1, "bytes_down": 1, "trained_tokens": 1}
+            summary |= {"fit_seconds": 1.0, "peak_rss_bytes": 1}
+            outcomes.append(Outcome(Cell("r", (("algorithm", label),), seed, (), place), summary))
+    (one,) = tabulate(outcomes).comparisons
+    a, b = ([score for found in scores[key] for score in found] for key in ("a", "b"))
+    expected = stats.paired_bootstrap(b, a, [0] * 4 + [1] * 4)
+    assert (one.difference, one.low, one.high) == (expected.mean, expected.low, expected.high)
+    assert one.p == stats.mcnemar(a, b)
+    assert (one.first, one.second, one.items) == ("a", "b", 8)
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--vary 'algorithm' is not of the form"):
+        grid(["demo"], [], ["algorithm"], [0], tmp_path)
+    with pytest.raises(RecipeError, match="two cells of the bench would be the same run"):
+        grid(["demo"], [], ["algorithm=fedavg,fedavg"], [0], tmp_path)
+    cells = grid(["demo"], ["rounds=1"], ["adapter={name: lora, r: 4},lora", "trainer.lr=1e-3,1e-2"], [0, 7], tmp_path)
+    assert len(cells) == 8
+    assert cells[0].overrides == ("rounds=1", 'adapter={"name": "lora", "r": 4}', "trainer.lr=1e-3", "seed=0")
+    assert len({cell.folder for cell in cells}) == 8
+    refused = CliRunner().invoke(app, ["bench", "demo", "--seeds", "a"])
+    assert "--seeds 'a'" in str(refused.exception)
