@@ -23,10 +23,13 @@ from fedloom.data.federation import split_table
 from fedloom.outcome import summarize, write_summary
 from fedloom.plan import make_plan
 from fedloom.recipe import RESUMABLE, Recipe
+from fedloom.report import write_report
+from fedloom.report.composition import composition
 from fedloom.server.optim import ServerSgd
 from fedloom.server.sampling import Uniform
 from fedloom.settle import settle
-from fedloom.tracking import Finished, Phase, Sink, Sinks
+from fedloom.trackers import open_all
+from fedloom.tracking import Finished, Phase, Sink, Sinks, Warned
 from fedloom.types import RecipeError, ServerState, Stopped
 from fedloom.wire.codec import write_atomic
 from fedloom.world import Assets, World, prepare
@@ -145,7 +148,7 @@ def _longer(text: str, rounds: int) -> str:
 
 def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
     """Run the recipe's own regime, then those it is compared with, on one resident model."""
-    trackers = [one.open(folder.name, folder, recipe.dump()) for one in recipe.trackers]
+    trackers = open_all(recipe.trackers, folder, recipe.dump(), sink)
     for torn in sorted(folder.rglob(".*.tmp"), reverse=True):  # what a kill in mid-write left, deepest first
         if torn.is_dir() and not torn.is_symlink():
             shutil.rmtree(torn)
@@ -157,6 +160,8 @@ def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
         write_atomic(folder / "recipe.yaml", recipe.to_yaml().encode())
         table = json.dumps(split_table(assets.federation), indent=1, ensure_ascii=False)
         write_atomic(folder / "split.json", table.encode())
+        kinds = composition(assets.federation, getattr(recipe.data.partition, "key", None))
+        write_atomic(folder / "composition.json", json.dumps(kinds, ensure_ascii=False).encode())
         world, state = _regime(recipe, folder, assets, sinks, None)
         others: dict[str, Mapping[str, Any]] = {}
         for name in recipe.compare:
@@ -171,8 +176,19 @@ def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
             write_summary(place, others[name])
         summary = summarize(world, state, others)
         write_summary(folder, summary)
+        _draw(folder, sinks)
         sinks.on(Finished(summary))
     return Result(folder, recipe, summary)
+
+
+def _draw(folder: Path, sink: Sink) -> None:
+    """Draw the finished run; what cannot be drawn is told, and stops nothing."""
+    try:
+        write_report(folder)
+    except Exception as error:  # everything that the run was for is on disk by now
+        sink.on(
+            Warned(f"report.html could not be drawn ({type(error).__name__}: {error}); try: fedloom report {folder}")
+        )
 
 
 def _regime(
