@@ -45,6 +45,7 @@ class Totals:
         best: the judging evaluator's best value so far, turned so that higher is better; best_round: its round.
         stale: evaluations since then.
         results: regime -> evaluator -> metric -> value, on test data.
+        not_run: regime -> evaluator -> why it could not measure all that was asked for, on test data.
         evaluation: evaluator -> all that these depend on beside the adapters.
     """
 
@@ -68,6 +69,7 @@ class Totals:
     stale: int = 0
     adapter_sha256: str = ""
     results: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
+    not_run: dict[str, dict[str, str]] = field(default_factory=dict)
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, report: RoundReport) -> None:
@@ -116,6 +118,7 @@ def write_samples(
                 "extracted": one.extracted,
                 "reference": one.reference,
                 "score": one.score,
+                **({"verdict": one.verdict} if one.verdict else {}),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -178,9 +181,10 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         others: regime -> summary of the compared regimes.
     """
     totals = world.totals
-    metrics = {**totals.results}
+    metrics, not_run = {**totals.results}, {**totals.not_run}
     for name, summary in others.items():
         metrics[name] = summary["metrics"][name]
+        not_run[name] = summary["not_run"].get(name, {})
     return {
         "rounds": state.round,
         "clients": len(world.clients),
@@ -191,6 +195,7 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "metrics": {
             r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()
         },
+        "not_run": {regime: why for regime, why in not_run.items() if why},
         "evaluation": totals.evaluation,
         "best_round": totals.best_round or None,
         "bytes_down": totals.bytes_down,

@@ -29,7 +29,7 @@ MAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The metrics worth a column, the most telling first; of other evaluators the first three."""
 COLUMNS = 6
 """As many fit a terminal of 80 columns; summary.json has all metrics."""
-SHARES = ("exact_match", "contained", "numeric", "flexible", "strict")
+SHARES = ("exact_match", "contained", "numeric", "flexible", "strict", "pass@1", "pass@10", "pass@100")
 
 Metrics = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Regime -> evaluator -> metric -> value, or None where it is not finite, as in summary.json."""
@@ -97,16 +97,20 @@ def results(metrics: Metrics) -> Table:
 def intervals(folder: Path) -> list[str]:
     """Return a line for each evaluator of a run folder whose samples are right or wrong: items and 95 % intervals.
 
-    Personal adapters are left out: their samples answer the same items again and are not independent.
+    Personal adapters are left out, and items that were sampled several times: such answers are not independent.
     """
     scores: dict[str, dict[str, list[float]]] = {}
+    items: dict[tuple[str, str], set[str]] = {}
     for path in [*sorted(folder.glob("samples/*.jsonl")), *sorted(folder.glob("regimes/*/samples/*.jsonl"))]:
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if line["client"] is None:
+            if line["client"] is None and line["score"] is not None:
                 scores.setdefault(path.stem, {}).setdefault(line["regime"], []).append(line["score"])
+                items.setdefault((path.stem, line["regime"]), set()).add(line["id"])
     lines = []
     for evaluator, regimes in scores.items():
         if not all(score in (0, 1) for found in regimes.values() for score in found):
+            continue
+        if any(len(found) > len(items[evaluator, regime]) for regime, found in regimes.items()):
             continue
         told = []
         for regime in _ordered(regimes):
@@ -115,6 +119,15 @@ def intervals(folder: Path) -> list[str]:
         count = max(map(len, regimes.values()))
         lines.append(f"{evaluator}: {count} items, 95 % intervals (Wilson): {', '.join(told)}")
     return lines
+
+
+def not_run(reasons: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a line for each evaluator and reason in summary.json's `not_run`, with its regimes."""
+    regimes: dict[tuple[str, str], list[str]] = {}
+    for regime in _ordered(reasons):
+        for evaluator, why in reasons[regime].items():
+            regimes.setdefault((evaluator, why), []).append(regime)
+    return [f"not run: {evaluator} ({', '.join(where)}): {why}" for (evaluator, why), where in regimes.items()]
 
 
 def _ordered(regimes: Iterable[str]) -> list[str]:
@@ -128,6 +141,8 @@ def report(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
     console.print(results(summary["metrics"]))
     for line in intervals(folder):
         console.print(Text(line, "dim"))
+    for line in not_run(summary.get("not_run", {})):
+        console.print(Text(line, "yellow"))
     console.print(
         Text(
             f"trained on {summary['trained_tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s in "

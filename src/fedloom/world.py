@@ -238,9 +238,11 @@ class World:
         self._tick()
 
     def measure(self, state: ServerState, regime: str) -> dict[str, Mapping[str, float]]:
-        """Return evaluator -> metrics of one regime on test data."""
+        """Return evaluator -> metrics of one regime on test data, and book which evaluators could not be run."""
         evaluators = [one for one in self.recipe.evaluate if regime != "unseen" or one.own_rows]
-        return {one.part_name: self._evaluate(state, one, regime, "test").metrics for one in evaluators}
+        found = {one.part_name: self._evaluate(state, one, regime, "test") for one in evaluators}
+        self.totals.not_run[regime] = {name: one.not_run for name, one in found.items() if one.not_run}
+        return {name: one.metrics for name, one in found.items() if one.metrics}
 
     def _evaluate(self, state: ServerState, evaluator: Evaluator, regime: str, split: Split) -> Evaluation:
         """Run one evaluator, log its metrics with their spread over clients, and keep its samples at the end."""
@@ -251,6 +253,8 @@ class World:
         found = replace(found, metrics={**found.metrics, **spread(evaluator, found.clients)})
         if found.invalid:
             self.sink.on(Warned(f"{regime}: {name}: {found.invalid} clients have a loss that is not finite"))
+        for note in (*found.notes, *([f"not run: {found.not_run}"] if found.not_run else [])):
+            self.sink.on(Warned(f"{regime}: {name}: {note}"))
         for client, metrics in ((None, found.metrics), *found.clients.items()):
             named = {f"{split}/{regime}/{name}/{key}": value for key, value in metrics.items()}
             self.metrics.add(state.round, client, named)
@@ -259,7 +263,8 @@ class World:
             knobs = {key: value for key, value in evaluator.dump().items() if key != "every"}
             self.totals.evaluation[name] = {**knobs, **view.settings(), **found.settings}
         self.sink.on(Phase(""))
-        self.sink.on(Evaluated(regime, state.round, name, found.metrics, split == "test"))
+        if found.metrics:
+            self.sink.on(Evaluated(regime, state.round, name, found.metrics, split == "test"))
         self.totals.evaluate_seconds += time.perf_counter() - began
         return found
 
@@ -267,8 +272,8 @@ class World:
         """Return whether the judging evaluator found the best state so far; a value that is not finite never is."""
         stop = self.recipe.early_stop
         judge = stop.evaluator if stop else next(one.part_name for one in self.recipe.evaluate if one.every)
-        if evaluator.part_name != judge:
-            return False
+        if evaluator.part_name != judge or evaluator.primary not in found.metrics:
+            return False  # what could not be run says nothing about the state
         value = found.metrics[evaluator.primary]
         value = value if evaluator.higher_is_better else -value
         better = math.isfinite(value) and not found.invalid and value > self.totals.best + (stop.delta if stop else 0.0)

@@ -19,14 +19,20 @@ from fedloom.types import Bundle, Split, Tensors
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One generated answer and its score."""
+    """One generated answer and its score.
+
+    Attributes:
+        score: None where it could not be judged; then it is in no metric.
+        verdict: why it has its score, where there is more to tell.
+    """
 
     id: str
     prompt: str
     output: str
     extracted: str | None
     reference: str
-    score: float
+    score: float | None
+    verdict: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,8 @@ class Evaluation:
         samples: (client or None, sample) pairs.
         invalid: number of items or clients whose loss was not finite; they are in no metric.
         settings: what the figures depend on beside the evaluator's own knobs and `View.settings`; JSON values.
+        not_run: why it could not measure all that was asked for, or ""; metrics that are there hold for the rest.
+        notes: what a person should know about the figures.
     """
 
     metrics: Mapping[str, float]
@@ -46,6 +54,8 @@ class Evaluation:
     samples: Sequence[tuple[str | None, Sample]] = ()
     invalid: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    not_run: str = ""
+    notes: Sequence[str] = ()
 
 
 class View(Protocol):
