@@ -37,6 +37,7 @@ from fedloom.parts import Record
 from fedloom.runtime import processes as _processes  # noqa: F401 - registers the runtime
 from fedloom.runtime.base import Runtime
 from fedloom.runtime.local import LocalRuntime
+from fedloom.server import robust as _robust  # noqa: F401 - registers the shipped rules
 from fedloom.server.aggregate import Aggregator, Mean
 from fedloom.server.optim import ServerOptimizer, ServerSgd
 from fedloom.server.sampling import Sampler, Uniform
@@ -131,6 +132,11 @@ class Recipe(Record):
             yield (
                 f"server.optimizer={server.optimizer.part_name}, server.lr={server.lr:g}: {name} applies what was "
                 f"combined itself ({algorithm.own_step}); set server.optimizer=sgd and server.lr=1"
+            )
+        if server.aggregator.products and not self.adapter.pairs:
+            yield (
+                f"server.aggregator.distance=product compares products of LoRA factors, which adapter="
+                f"{self.adapter.part_name} has not; set server.aggregator.distance=factors, or adapter=lora"
             )
         with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
             yield from server.aggregator.conflicts(len(self.sampler.cohort(0, [""] * self.data.clients, self.seed)))
