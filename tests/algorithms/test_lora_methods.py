@@ -307,6 +307,6 @@ def test_an_absent_factor_stands_in_no_update(algorithm: Algorithm) -> None:
     found.round()
     factor = "lora_A" if isinstance(algorithm, FedSaLora) else "lora_B"
     odd = ClientUpdate("d", 1.0, Message({"params": Bundle(adapter(RANK))}))
-    with pytest.raises(ValueError, match="update of d has other groups or tensors"):
+    with pytest.raises(ValueError, match="update of d has other groups or "):
         drive(algorithm.combine(found.server, found.state, [*found.updates, odd]))
     assert all(name.endswith(factor) for update in found.updates for name in names(update.message))

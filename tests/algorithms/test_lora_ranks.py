@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -20,8 +20,9 @@ from fedloom.algorithms.flora import Flora
 from fedloom.algorithms.hetlora import HetLora
 from fedloom.algorithms.hlora import HLora
 from fedloom.factors import Factors
+from fedloom.server.aggregate import Around, Mean
 from fedloom.server.optim import FedAvgM
-from fedloom.types import Bundle, Fit, Message, Tensors
+from fedloom.types import Bundle, ClientUpdate, Fit, Message, Tensors
 
 SIZES = {"a": 2, "b": 3, "c": 5}
 MIXED = {"a": {"q": 1, "v": 2}, "b": {"q": 3, "v": 1}, "c": {"q": 2, "v": 3}}
@@ -128,6 +129,35 @@ def test_without_norms_equal_ranks_are_fedavg() -> None:
         het.round()
         plain.round()
     close(het.state.params, plain.state.params)
+
+
+class Noted(Mean):
+    """Keeps what it combined."""
+
+    def combine(self, updates: Iterable[ClientUpdate], around: Around) -> Message:
+        NOTED[:] = list(updates)
+        return super().combine(NOTED, around)
+
+
+NOTED: list[ClientUpdate] = []
+
+
+def test_the_aggregator_gets_changes_of_one_shape() -> None:
+    """So any rule, and any server optimiser, goes with ranks of all kinds."""
+    found = mixed(STILL, aggregator=Noted())
+    found.round()
+    before = found.state.params
+    found.round()
+    for update, (name, own) in zip(NOTED, found.ended.items(), strict=True):
+        change = update.message.groups["params"].tensors
+        assert {key: t.shape for key, t in change.items()} == {key: t.shape for key, t in before.items()}
+        ended = {key: t + before[key] for key, t in change.items()}
+        for m in LAYERS:
+            padded = factors.resized(Factors(own[f"{m}.lora_A"], own[f"{m}.lora_B"]), WHOLE)
+            ratio = math.sqrt(WHOLE / MIXED[name][m])
+            torch.testing.assert_close(ended[f"{m}.lora_A"], ratio * padded.a, rtol=0, atol=1e-12)
+            torch.testing.assert_close(ended[f"{m}.lora_B"], ratio * padded.b, rtol=0, atol=1e-12)
+        assert update.weight == pytest.approx(_norm(own), rel=1e-12)
 
 
 def test_the_order_of_the_clients_does_not_matter() -> None:
