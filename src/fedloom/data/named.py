@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from fedloom.data.files import Record, Table, read_table
 from fedloom.data.keys import KeyMap, rows_of
 from fedloom.data.rows import Row
 from fedloom.data.sources import HubSource, Source
 from fedloom.home import data_home
+from fedloom.seeds import numpy_generator
 from fedloom.types import DataError
 
 _ALPACA = KeyMap(prompt="instruction", completion="output", input="input")
@@ -198,3 +202,91 @@ class Mbxp(Named, name="mbxp"):
         code = f"{record['prompt']}{record['canonical_solution']}".strip("\n")
         kept = {key: record.get(key) for key in ("task_id", "description", "language")}
         return {**kept, "input": record.get("language"), "code": code, "task": number[0]}
+
+
+class CodeSearchNet(Named, name="code-search-net"):
+    """CodeSearchNet (arXiv 1909.09436): functions of six languages, to be written from their documentation."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the set that is drawn, by the seed; FS-LLM trains on 0.05."""
+
+    keys: ClassVar[KeyMap] = KeyMap(prompt="docstring", completion="code", input="language", category="language")
+
+    def local(self) -> str:
+        """Return the file of all languages, one object a line with docstring, code and language."""
+        return "code/code_search_net.jsonl.gz"
+
+    def hub(self) -> HubSource:
+        """Return the set on the hub."""
+        return HubSource(id="code-search-net/code_search_net", subset="all")
+
+    def refine(self, record: Record) -> Record:
+        """Keep the three columns, which the hub names in another way."""
+        named = {"docstring": "func_documentation_string", "code": "func_code_string", "language": "language"}
+        return {key: record[key] if key in record else record.get(other) for key, other in named.items()}
+
+    def rows(self, seed: int) -> list[Row]:
+        """Draw the share; see `Source.rows`."""
+        rows = super().rows(seed)
+        if self.share == 1:
+            return rows
+        drawn = numpy_generator(seed, None, None, "share").permutation(len(rows))[
+            : max(1, round(self.share * len(rows)))
+        ]
+        return [rows[i] for i in sorted(drawn.tolist())]
+
+
+class PubMedQa(Named, name="pubmedqa"):
+    """PubMedQA (arXiv 1909.06146): 1,000 questions on abstracts of papers, labelled by experts; half of them for tests.
+
+    Which half a question belongs to is told by the authors' list of test ids, `test_ground_truth.json` beside the set.
+    """
+
+    split: Literal["train", "test"] = "train"
+    """Which half."""
+    answer: Literal["decision", "conclusion"] = "decision"
+    """What is to be answered: yes, no or maybe, or the sentences with which the paper ends."""
+
+    keys: ClassVar[KeyMap] = KeyMap(
+        prompt="question", completion="answer", input="context", category="decision", id="pmid"
+    )
+    ways: ClassVar[str] = "ori_pqal.json and test_ground_truth.json are in github.com/pubmedqa/pubmedqa, data"
+
+    def local(self) -> str:
+        """Return the labelled questions."""
+        return "pubmedqa/ori_pqal.json.gz"
+
+    def refine(self, record: Record) -> Record:
+        """Choose the answer, and join the context."""
+        return {
+            "pmid": record["pmid"],
+            "question": record.get("QUESTION"),
+            "context": "\n".join(record.get("CONTEXTS") or ()),
+            "decision": record.get("final_decision"),
+            "answer": record.get("final_decision" if self.answer == "decision" else "LONG_ANSWER"),
+        }
+
+    def _table(self) -> Table:
+        file = self._file()
+        if file is None:
+            return super()._table()
+        tests = file.with_name("test_ground_truth.json")
+        held = _mapping(tests if tests.is_file() else tests.with_name(f"{tests.name}.gz"), "the list of test ids")
+        questions = _mapping(file, "labelled questions")
+        kept = [(pmid, one) for pmid, one in questions.items() if (pmid in held) == (self.split == "test")]
+        return Table(
+            str(file), "pubmedqa", "item", [(i, {"pmid": pmid, **one}) for i, (pmid, one) in enumerate(kept, 1)]
+        )
+
+
+def _mapping(file: Path, what: str) -> Mapping[str, Any]:
+    """Read a JSON object, gzipped or not."""
+    opened: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opened(file, "rt", encoding="utf-8") as stream:
+            tree = json.load(stream)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"data.source=pubmedqa: {file}: {what} cannot be read ({error})") from error
+    if not isinstance(tree, dict):
+        raise DataError(f"data.source=pubmedqa: {file}: expected an object with PubMed ids as keys")
+    return tree
