@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import lines, run
+from tests.tiny import tiny_model, tiny_model_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
@@ -17,9 +19,6 @@ from fedloom.client.batches import collate
 from fedloom.client.objectives import Sft
 from fedloom.data.encode import Example
 from fedloom.types import Fit
-from tests.helpers import lines, run
-from tests.tiny import tiny_model, tiny_model_folder
-
 
 aten = torch.ops.aten
 FORMULAS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}

@@ -14,6 +14,7 @@ from fedloom.cli.data import data
 from fedloom.cli.doctor import doctor
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.export import export
+from fedloom.cli.report import report
 from fedloom.cli.import_ import import_
 from fedloom.cli.run import run
 from fedloom.cli.show import list_parts, show
@@ -56,6 +57,7 @@ app.command("import", no_args_is_help=True)(import_)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command(no_args_is_help=True)(chat)
 app.command(no_args_is_help=True)(export)
+app.command(no_args_is_help=True)(report)
 app.command()(doctor)
 
 
