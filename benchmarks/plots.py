@@ -28,7 +28,7 @@ def main() -> None:
     """Draw four panels: against TRL, by cohort, by rank, by row length."""
     speed, scaling = read("speed"), read("scaling")["results"]
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": FAINT, "text.color": INK, "axes.labelcolor": INK})
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.8), constrained_layout={"h_pad": 0.12})
     _bars(axes[0, 0], speed["results"])
     _lines(axes[0, 1], scaling["cohort"], "cohort", "clients in one pass, batch 1 (8 where said)")
     _lines(axes[1, 0], scaling["rank"], "r", "LoRA rank, 8 GSM8K rows a step")
@@ -64,8 +64,10 @@ def _lines(axis: Any, points: list[dict[str, Any]], key: str, label: str) -> Non
     if any(series):
         axis.legend(frameon=False)
     axis.set_xscale("log", base=2)
-    axis.set_xticks([p[key] for p in next(iter(series.values()))], [str(p[key]) for p in next(iter(series.values()))])
-    axis.set_ylim(0)
+    axis.set_xticks(
+        [p[key] for p in next(iter(series.values()))], [f"{p[key]:.0f}" for p in next(iter(series.values()))]
+    )
+    axis.set_ylim(0, 1.12 * max(p["tokens_per_second"] for p in points))
     axis.set_xlabel(label)
     axis.set_ylabel("tokens a second")
     _clean(axis)
