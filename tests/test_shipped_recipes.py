@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers import MODEL
 
 import fedloom
+from fedloom import recipe as recipes
 
 SMALL = ("rounds=1", "trainer.steps=1", "trainer.batch=1", "runtime.threads=1", "data.max_tokens=2000")
 
@@ -48,6 +50,96 @@ def test_published_recipes_in_their_tiny_form(tiny_folder: Path, tmp_path: Path,
         assert "MBXP" in result.summary["source"] or "mbxp" in result.summary["source"]
     if name == "fed-gsm8k-3":
         assert 0.0 <= result.metrics["federated"]["gsm8k"]["numeric"] <= 1.0
+
+
+PUBLISHED = {
+    "fed-alpaca": "stand-in",
+    "flowertune-general": "stand-in",
+    "flowertune-medical": "pubmedqa",
+    "flowertune-code": "mbxp",
+}
+"""Published recipe -> what its tiny form's source says of itself."""
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "fed-codesearchnet": [
+        {"docstring": f"Add {i}.", "code": f"x + {i}", "language": language}
+        for i in range(4000)
+        for language in ("go", "java", "javascript", "php", "python", "ruby")
+    ],
+    "flowertune-finance": [
+        {"instruction": "What is the mood?", "input": f"Up {i}", "output": "good"} for i in range(400)
+    ],
+}
+"""Published recipe whose rows cannot be had offline -> rows in their form."""
+
+
+def _once(name: str, folder: Path, out: Path, *changes: str) -> fedloom.Result:
+    """Run a recipe's tiny form for one round of one step on the tiny model."""
+    texts = [*(text for text in SMALL if "max_tokens" not in text), *changes]
+    settings = {**_tiny(folder), "data": {"max_tokens": 4000}, "adapter": {"r": 2, "targets": "all-linear"}}
+    return fedloom.run(name, *texts, out=out, set_files=[f"{name}_tiny"], **settings)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_further_published_recipes_in_their_tiny_form(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    result = _once(name, tiny_folder, tmp_path / "r", "evaluate=[]")
+    assert PUBLISHED[name] in result.summary["source"]
+    sampler = recipes.load(name).sampler
+    clients = [f"client-{i}" for i in range(result.recipe.data.clients)]
+    assert result.summary["participations"] == len(sampler.cohort(0, clients, 0))
+    assert "stands in" in recipes.shipped()[f"{name}_tiny"].splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recipes_without_rows_offline_run_on_rows_of_their_form(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    assert recipes.shipped()[f"{name}_tiny"].startswith("# Not run: no rows of ")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+    source = f"data.source.path={file}" if name == "fed-codesearchnet" else f"data.source={file}"
+    result = _once(name, tiny_folder, tmp_path / "r", source)
+    assert result.summary["clients"] == recipes.load(name).data.clients
+    assert result.metrics["federated"]["loss"]["loss"] > 0
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["flowertune-code", "flowertune-medical", "fed-codealpaca-meta"])
+def test_no_test_row_is_trained_on(data_home: Path, name: str) -> None:
+    rows = recipes.load(name, set_files=[f"{name}_tiny"]).data.source.rows(0)
+    if name == "flowertune-medical":
+        tests = json.loads((data_home / "pubmedqa" / "test_ground_truth.json").read_text())
+        assert len(rows) == 500
+        assert not {row.id for row in rows} & tests.keys()
+    else:
+        assert min(int(row.fields["task"]) for row in rows) > 510
+
+
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_every_shipped_recipe_and_override_is_valid(name: str) -> None:
+    base = name.removesuffix("_tiny")
+    recipes.load(base, set_files=[] if name == base else [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "lora", "clients", "cohort", "tokens"),
+    [
+        ("fed-alpaca", 3e-4, (16, 0.05), 3, 3, 1000),
+        ("fed-codesearchnet", 1e-3, (16, 0.05), 6, 6, 650),
+        ("flowertune-general", 5e-5, (64, 0.075), 20, 2, 512),
+        ("flowertune-finance", 5e-5, (64, 0.075), 50, 5, 512),
+        ("flowertune-medical", 5e-5, (64, 0.075), 20, 2, 512),
+        ("flowertune-code", 5e-5, (64, 0.075), 10, 2, 512),
+    ],
+)
+def test_published_values(
+    name: str, lr: float, lora: tuple[float, float], clients: int, cohort: int, tokens: int
+) -> None:
+    recipe = recipes.load(name)
+    assert (recipe.trainer.lr, recipe.data.clients, recipe.data.max_tokens) == (lr, clients, tokens)
+    assert (recipe.adapter.alpha, recipe.adapter.dropout) == lora  # type: ignore[attr-defined]
+    assert recipe.adapter.targets == ("q_proj", "v_proj")  # type: ignore[attr-defined]
+    assert len(recipe.sampler.cohort(0, [str(i) for i in range(clients)], 0)) == cohort
+    if name.startswith("flowertune"):
+        assert recipe.trainer.lr * recipe.trainer.schedule.factor(10**9, 10**9) == pytest.approx(1e-6)
 
 
 @pytest.mark.bundled

@@ -210,7 +210,7 @@ class CodeSearchNet(Named, name="code-search-net"):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the set that is drawn, by the seed; FS-LLM trains on 0.05."""
 
-    keys: ClassVar[KeyMap] = KeyMap(prompt="docstring", completion="code", input="language", category="language")
+    keys: ClassVar[KeyMap] = KeyMap(prompt="docstring", completion="code", input="input", category="language")
 
     def local(self) -> str:
         """Return the file of all languages, one object a line with docstring, code and language."""
@@ -223,7 +223,8 @@ class CodeSearchNet(Named, name="code-search-net"):
     def refine(self, record: Record) -> Record:
         """Keep the three columns, which the hub names in another way."""
         named = {"docstring": "func_documentation_string", "code": "func_code_string", "language": "language"}
-        return {key: record[key] if key in record else record.get(other) for key, other in named.items()}
+        kept = {key: record[key] if key in record else record.get(other) for key, other in named.items()}
+        return {**kept, "input": kept["language"]}
 
     def rows(self, seed: int) -> list[Row]:
         """Draw the share; see `Source.rows`."""
