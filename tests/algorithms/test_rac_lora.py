@@ -32,9 +32,10 @@ def rac(side: str) -> dict[str, Any]:
     return {"algorithm": {"name": "rac-lora", "trains": side}}
 
 
-def chain(algorithm: RacLora, draw: Any, rank: int, rounds: int, lr: float, w: Tensor, scale: float = 1.0) -> Tensor:
+def chain(algorithm: RacLora, draw: Any, rounds: int, lr: float, w: Tensor, scale: float = 1.0) -> Tensor:
     """Run one client that takes one step of plain SGD on the quadratic a round; return W after it."""
-    ranks = Ranks({"m": rank}, lambda client: {"m": rank}, lambda r: scale)
+    whole = {"m": len(draw(0)["m.lora_A"])}
+    ranks = Ranks(whole, lambda client: whole, lambda rank: scale)
     server = bare_server(("a",), lora=ranks, draw=draw)
     state = algorithm.init(draw(0))
     for _ in range(rounds):
@@ -67,7 +68,7 @@ def test_an_orthogonal_block_of_full_rank_is_a_step_of_full_fine_tuning() -> Non
     q = torch.linalg.qr(torch.randn(3, 3, generator=stream, dtype=torch.float64)).Q
     draw = lambda round_: {"m.lora_A": q, "m.lora_B": torch.zeros(3, 3, dtype=torch.float64)}
     w = torch.zeros(3, 3, dtype=torch.float64)
-    torch.testing.assert_close(chain(RacLora(), draw, 3, 1, 0.05, w), w - 0.05 * M @ (w - GOAL), rtol=0, atol=1e-14)
+    torch.testing.assert_close(chain(RacLora(), draw, 1, 0.05, w), w - 0.05 * M @ (w - GOAL), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -77,13 +78,13 @@ def test_a_step_is_the_projected_gradient(side: Any) -> None:
     start = algorithm.block(_drawn(0), float(_seed(0)))
     g, a, b = M @ (w - GOAL), start["m.lora_A"], start["m.lora_B"]
     expected = w - 0.01 * s**2 * (g @ a.mT @ a if side == "B" else b @ b.mT @ g)
-    torch.testing.assert_close(chain(algorithm, _drawn, 2, 1, 0.01, w, s), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(chain(algorithm, _drawn, 1, 0.01, w, s), expected, rtol=0, atol=1e-13)
 
 
 def test_the_chain_converges_where_lora_with_the_same_step_diverges() -> None:
     w = torch.zeros(3, 3, dtype=torch.float64)
     draw = lambda round_: {n: t[:1] if n.endswith("A") else t[:, :1] for n, t in _drawn(round_).items()}
-    found = chain(RacLora(), draw, 1, 4000, 1 / 10, w)
+    found = chain(RacLora(), draw, 4000, 1 / 10, w)
     torch.testing.assert_close(found, GOAL, rtol=0, atol=1e-6)
     start = draw(0)
     plain = Fitted(start, 0, 0.1, 0, 0, ())
@@ -204,7 +205,9 @@ def test_the_fixed_factor_does_not_move(tiny_folder: Path, tmp_path: Path, monke
         return done
 
     monkeypatch.setattr(engine.fit, "fit", noted)
-    run(tiny_folder, tmp_path / "a", algorithm="rac-lora", trainer={"optimizer": {"name": "adamw", "weight_decay": 0.5}})
+    run(
+        tiny_folder, tmp_path / "a", algorithm="rac-lora", trainer={"optimizer": {"name": "adamw", "weight_decay": 0.5}}
+    )
     first, second = ({n: t for n, t in rounds[i].items() if n.endswith("lora_A")} for i in (0, 1))
     assert not any(torch.equal(first[n], second[n]) for n in first)
 

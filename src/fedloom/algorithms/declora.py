@@ -17,7 +17,7 @@ Differs from the paper in: nothing is known to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
@@ -72,7 +72,7 @@ class DecLora(FedAvg, name="dec-lora"):
             return  # how many clients there are is known with the rows
         stream = seeds.generator(recipe.seed, 0, None, "graph")
         if apart := graphs.lonely(self.graph.edges(len(names), stream), names):
-            yield self._torn(apart)
+            yield self._torn(names[0], apart)
 
     def mixing(self, clients: Iterable[str], stream: torch.Generator) -> dict[str, dict[str, float]]:
         """Return client -> neighbour -> Q_ij.
@@ -83,7 +83,7 @@ class DecLora(FedAvg, name="dec-lora"):
         names = list(clients)
         edges = self.graph.edges(len(names), stream)
         if apart := graphs.lonely(edges, names):
-            raise RecipeError(self._torn(apart))
+            raise RecipeError(self._torn(names[0], apart))
         rows = graphs.metropolis(edges).tolist()
         near = edges.tolist()
         return {name: {names[j]: rows[i][j] for j in range(len(names)) if near[i][j]} for i, name in enumerate(names)}
@@ -132,10 +132,10 @@ class DecLora(FedAvg, name="dec-lora"):
         held = {name: (weight, _sent(state, name)) for name, weight in near.items()}
         return {"local": _mixed(_own(memory, state.params), held, state.params)}
 
-    def _torn(self, apart: list[str]) -> str:
+    def _torn(self, first: str, apart: Sequence[str]) -> str:
         knob = "algorithm.graph.p" if "p" in type(self.graph).model_fields else "algorithm.graph"
         return (
-            f"algorithm.graph={self.graph.part_name}: the graph is not connected, client-1 cannot reach "
+            f"algorithm.graph={self.graph.part_name}: the graph is not connected, {first} cannot reach "
             f"{', '.join(apart[:5])}; raise {knob}, choose another seed, or set algorithm.graph=ring"
         )
 
