@@ -25,6 +25,7 @@ from fedloom.plan import make_plan
 from fedloom.recipe import RESUMABLE, Recipe
 from fedloom.report import write_report
 from fedloom.report.composition import composition
+from fedloom.server.aggregate import Mean
 from fedloom.server.optim import ServerSgd
 from fedloom.server.sampling import Uniform
 from fedloom.settle import settle
@@ -247,8 +248,9 @@ def _centralized(recipe: Recipe, world: World, state: ServerState) -> Recipe:
 
 def _beside(recipe: Recipe, state: ServerState, **changes: Any) -> Recipe:
     """Return the recipe of a compared regime: the same in all but `changes`, for as many rounds as were really run."""
-    alone = {"compare": (), "early_stop": None, "rounds": state.round, "transforms": ()}
-    return recipe.model_copy(update={**alone, **changes})
+    alone = {"compare": (), "early_stop": None, "rounds": state.round, "transforms": (), "attacks": ()}
+    server = changes.get("server", recipe.server).model_copy(update={"aggregator": Mean()})
+    return recipe.model_copy(update={**alone, **changes, "server": server})
 
 
 REGIMES: Mapping[str, Callable[[Recipe, World, ServerState], Recipe]] = {"local": _local, "centralized": _centralized}

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from fedloom.attacks import Attack
 from fedloom.client.batches import collate, passes
 from fedloom.client.models import Model
 from fedloom.client.trainer import step_rows
@@ -17,6 +18,7 @@ from fedloom.world import World
 
 ROUNDS_LOOKED_AT = 3
 PROBE_TOKENS = 512
+NAMES_TOLD = 8
 
 
 def make_plan(world: World, start: int) -> Plan:
@@ -51,6 +53,7 @@ def make_plan(world: World, start: int) -> Plan:
             f"{len(world.clients):,} ({len(cohort):,} a round), {min(owned):,} to {max(owned):,} training rows each",
         ),
         ("algorithm", f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {steps} steps a client a round"),
+        *[("attackers", _attackers(attack)) for attack in world.engine.stage.attacks],
         ("tokens", f"about {tokens * rounds:,} to train on ({tokens:,} a round)"),
         ("messages", f"{human_bytes(down)} down and about as much up a round"),
         (
@@ -72,6 +75,12 @@ def make_plan(world: World, start: int) -> Plan:
 
 def _stored(model: Model) -> str:
     return model.dtype if model.quantize == "none" else f"{model.dtype} and {model.quantize}"
+
+
+def _attackers(attack: Attack) -> str:
+    more = f" and {len(attack.clients) - NAMES_TOLD} more" if len(attack.clients) > NAMES_TOLD else ""
+    since = f", from round {attack.start + 1} on" if attack.start else ""
+    return f"{attack.part_name} by {', '.join(attack.clients[:NAMES_TOLD])}{more}{since}"
 
 
 def _share(world: World) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedloom import seeds, tensors
 from fedloom.algorithms.base import Server
+from fedloom.attacks import Attack
 from fedloom.checkpoint import Checkpoints, MemoryStore
 from fedloom.client.adapters import Attached, check_fit
 from fedloom.client.compiling import compile_layers
@@ -23,7 +24,10 @@ from fedloom.client.models import Loaded, load_model
 from fedloom.client.peft_files import load_peft
 from fedloom.client.trainer import Bench, Rows
 from fedloom.data import federation
+from fedloom.data.encode import Encoded
 from fedloom.data.federation import Federation
+from fedloom.data.poisoned import extended
+from fedloom.data.rows import Row
 from fedloom.data.splits import ClientData
 from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
@@ -92,11 +96,20 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
 
     Args:
         recipe: settled.  memories: of the regime.  sink: is told of every optimiser step.
+
+    Raises:
+        DataError, RecipeError: an attack or the aggregator does not go with the clients that there are.
     """
-    split, algorithm, server = assets.federation, recipe.algorithm, recipe.server
+    split, algorithm = assets.federation, recipe.algorithm
     unseen = set(split.unseen)
     seen = {name: data for name, data in split.clients.items() if name not in unseen}
     population = dict(algorithm.population(seen, _join))
+    clients = list(population)
+    cohort = recipe.sampler.cohort(0, clients, recipe.seed)
+    if problems := list(recipe.server.aggregator.conflicts(len(cohort))):
+        raise RecipeError("; ".join(problems))
+    attacks = tuple(attack.on(clients, recipe.seed) for attack in recipe.attacks)
+    encoded, population = _poisoned(recipe, assets, attacks, population)
     bench = Bench(
         assets.loaded.model,
         assets.attached,
@@ -107,33 +120,55 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
         recipe.runtime.reference,
         lambda client, tokens, loss: sink.on(Step(client, tokens, loss)),
     )
-    dtype = _adapter_dtype(assets.loaded)
-    # every participant draws an adapter of a round alike; the newest one is kept, as a cohort asks for it in turn
-    draw = lru_cache(1)(lambda round_: assets.attached.init(recipe.seed, dtype, round_))
     stage = Stage(
         algorithm,
-        Server(
-            tuple(population),
-            server.aggregator,
-            server.optimizer,
-            server.lr,
-            draw,
-            lambda round_, purpose: seeds.generator(recipe.seed, round_, None, purpose),
-            recipe.adapter.lora_ranks(assets.attached, list(split.clients)),
-        ),
+        _server(recipe, assets, clients),
         recipe.transforms,
         bench,
         assets.loaded.tokenizer,
-        split.encoded,
+        encoded,
         {**split.clients, **population},
         split.public,
         assets.initial,
-        tuple(attack.on(list(population), recipe.seed) for attack in recipe.attacks),
+        attacks,
         memories,
         recipe.rounds,
         sink,
     )
-    return stage, list(population)
+    return stage, clients
+
+
+def _server(recipe: Recipe, assets: Assets, clients: Sequence[str]) -> Server:
+    dtype, part = _adapter_dtype(assets.loaded), recipe.server
+    # every participant draws an adapter of a round alike; the newest one is kept, as a cohort asks for it in turn
+    draw = lru_cache(1)(lambda round_: assets.attached.init(recipe.seed, dtype, round_))
+    return Server(
+        tuple(clients),
+        part.aggregator,
+        part.optimizer,
+        part.lr,
+        draw,
+        lambda round_, purpose: seeds.generator(recipe.seed, round_, None, purpose),
+        recipe.adapter.lora_ranks(assets.attached, list(assets.federation.clients)),
+    )
+
+
+def _poisoned(
+    recipe: Recipe, assets: Assets, attacks: Iterable[Attack], population: dict[str, ClientData]
+) -> tuple[Encoded, dict[str, ClientData]]:
+    """Return the examples and who trains on what, with the attackers' rows as their attacks want them.
+
+    What everybody else has, and the attackers' validation and test rows, stay as they are.
+    """
+    split, rows = assets.federation, dict[str, list[Row]]()
+    for i, attack in enumerate(attacks):
+        for client in attack.clients if attack.poisons else ():
+            own = rows.get(client) or [split.rows[k] for k in population[client].train]
+            rows[client] = attack.poison(own, seeds.generator(recipe.seed, None, client, f"poison:{i}"))
+    if not rows:
+        return split.encoded, population
+    encoded, where = extended(split.encoded, rows, recipe.data, assets.loaded.tokenizer)
+    return encoded, {**population, **{client: replace(population[client], train=new) for client, new in where.items()}}
 
 
 def _adapter_dtype(loaded: Loaded) -> torch.dtype:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom import cost, seeds, tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
-from fedloom.attacks import Attack
+from fedloom.attacks import Attack, Scene
 from fedloom.checkpoint import MemoryStore
 from fedloom.client import fit, generate
 from fedloom.client.trainer import Bench, Rows
@@ -177,7 +177,7 @@ class Engine:
         self.at(state)
         state = self.drive(stage.algorithm.prepare(stage.server, state), None, state.round)
         error = AggregationError(stage.algorithm, stage.server, state)
-        updates = error.watched(self._attacked(state, self._updates(crew, state, cohort, tally)))
+        updates = error.watched(self._attacked(state, cohort, self._updates(crew, state, cohort, tally)))
         first = next(updates, None)
         if first is None:
             raise Stopped(
@@ -338,12 +338,15 @@ class Engine:
                 update = transform.decode(update)
             yield update
 
-    def _attacked(self, state: ServerState, updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
+    def _attacked(
+        self, state: ServerState, cohort: Sequence[str], updates: Iterator[ClientUpdate]
+    ) -> Iterator[ClientUpdate]:
         """Let attackers replace their updates."""
         stage = self.stage
+        attackers = frozenset(name for attack in stage.attacks for name in attack.clients)
         for i, attack in enumerate(stage.attacks):
-            around = stage.algorithm.around(stage.server, state)
-            updates = attack.forge(updates, around, state.round, self._stream(state.round, None, f"attack:{i}"))
+            around, stream = stage.algorithm.around(stage.server, state), self._stream(state.round, None, f"attack:{i}")
+            updates = attack.forge(updates, Scene(state.round, cohort, attackers, around, stage.server.lr, stream))
         return updates
 
     def _report(self, after: ServerState, tally: _Tally, error: float | None, seconds: float) -> RoundReport:
