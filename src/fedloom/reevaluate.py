@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,9 +16,23 @@ from fedloom.types import ModelError, RecipeError
 from fedloom.world import World, prepare
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found.
+
+    Attributes:
+        metrics: regime -> evaluator -> metrics.  intervals: see `results.intervals`.
+        not_run: regime -> evaluator -> why it could not measure all that was asked for.
+    """
+
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
+    intervals: Sequence[str]
+    not_run: Mapping[str, Mapping[str, str]]
+
+
 def reevaluate(
     run: Path, settings: Sequence[str], checkpoint: str | None, adapter: Path | None, sink: Sink
-) -> tuple[dict[str, dict[str, Mapping[str, float]]], list[str]]:
+) -> Measured:
     """Measure the base and an adapter on test data.
 
     Args:
@@ -26,9 +41,6 @@ def reevaluate(
         checkpoint: `latest`, `best` or a kept round; None: the finished adapter.
         adapter: a PEFT folder to measure in its place; None: the run's own.
         sink: receives the events.
-
-    Returns:
-        Regime -> evaluator -> metrics, and the lines of `results.intervals`.
 
     Raises:
         ModelError: there is no such adapter or checkpoint.
@@ -55,7 +67,7 @@ def reevaluate(
             state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint))
             world.memories.look_at(state.round)
         metrics = {name: world.measure(state, name) for name in ("base", regime)}
-        return metrics, intervals(Path(place))
+        return Measured(metrics, intervals(Path(place)), {r: why for r, why in world.totals.not_run.items() if why})
 
 
 def _folder(run: Path, adapter: Path | None) -> Path:

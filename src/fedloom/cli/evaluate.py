@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import Adapter, Checkpoint, Debug, Imports, Run
+from fedloom.cli.options import NOT_RUN, Adapter, Checkpoint, Debug, Imports, Run, UnsafeExecution, without_sandbox
 
 
 def evaluate(
@@ -18,6 +18,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    unsafe_execution: UnsafeExecution = False,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
@@ -33,19 +34,28 @@ def evaluate(
     """
     from rich.console import Console
 
+    from fedloom import recipe as recipes
     from fedloom.console import ConsoleSink
     from fedloom.reevaluate import reevaluate
-    from fedloom.results import results
+    from fedloom.reopen import read_recipe
+    from fedloom.results import not_run, results
     from fedloom.types import RecipeError
 
     if checkpoint is not None and adapter is not None:
         raise RecipeError("--checkpoint and --adapter both name what to measure; leave out one of them")
+    words = settings or []
+    if unsafe_execution:
+        words = [*words, *without_sandbox(recipes.load(read_recipe(run).dump(), words))]
     with ConsoleSink(Console(stderr=True), quiet=as_json) as sink:
-        metrics, intervals = reevaluate(run, settings or [], checkpoint, adapter, sink)
+        found = reevaluate(run, words, checkpoint, adapter, sink)
     if as_json:
-        typer.echo(json.dumps(metrics, indent=1))
+        typer.echo(json.dumps(found.metrics, indent=1))
     else:
         console = Console()
-        console.print(results(metrics))
-        for line in intervals:
+        console.print(results(found.metrics))
+        for line in found.intervals:
             console.print(line, style="dim", markup=False, highlight=False)
+        for line in not_run(found.not_run):
+            console.print(line, style="yellow", markup=False, highlight=False)
+    if found.not_run:
+        raise SystemExit(NOT_RUN)

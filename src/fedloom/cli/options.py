@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe as Loaded
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
 Settings = Annotated[
@@ -39,6 +42,27 @@ def _import(names: list[str] | None) -> list[str] | None:
 Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", callback=_import, help="Import a module that registers parts first."),
+]
+NOT_RUN = 4
+"""Status of a command that is done but for evaluators that could not be run."""
+
+
+def without_sandbox(recipe: Loaded) -> list[str]:
+    """Return the settings that let each code evaluator of a recipe run its programs as plain processes."""
+    from fedloom.evaluate.code.base import CodeEvaluator
+    from fedloom.types import RecipeError
+
+    places = [i for i, one in enumerate(recipe.evaluate) if isinstance(one, CodeEvaluator)]
+    if not places:
+        raise RecipeError("--unsafe-execution: no evaluator of the recipe runs programs; leave it out")
+    return [f"evaluate.{i}.unsafe_execution=true" for i in places]
+
+
+UnsafeExecution = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-execution", help="Run model-written programs without a sandbox: they can do whatever you can."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

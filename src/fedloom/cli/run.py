@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import Debug, Imports, SetFiles
+from fedloom.cli.options import NOT_RUN, Debug, Imports, SetFiles, UnsafeExecution, without_sandbox
 
 if TYPE_CHECKING:
     from fedloom.loop import Result
@@ -28,6 +28,7 @@ def run(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/RECIPE.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run folder that is there.")] = False,
     imports: Imports = None,
+    unsafe_execution: UnsafeExecution = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json's content on stdout.")] = False,
     debug: Debug = False,
@@ -56,6 +57,8 @@ def run(
     else:
         _check_resume(words, {"--set-file": set_file, "--out": out, "--overwrite": overwrite})
         folder = resume
+    if unsafe_execution:
+        words = [*words, *_unsafe(words, resume, set_file or ())]
     sink = ConsoleSink(Console(stderr=True), quiet)
     with _interruptible(folder):
         if resume is None:
@@ -65,6 +68,17 @@ def run(
         else:
             result = loop.resume(folder, words, sink)
     _tell(result, as_json)
+    if result.summary.get("not_run"):
+        raise SystemExit(NOT_RUN)
+
+
+def _unsafe(words: Sequence[str], resume: Path | None, set_files: Sequence[str]) -> list[str]:
+    from fedloom import recipe as recipes
+
+    if resume is None:
+        return without_sandbox(recipes.load(words[0], words[1:], set_files))
+    settings = [word for word in words if not word.startswith("rounds=+")]  # relative to the run, not to the recipe
+    return without_sandbox(recipes.load(resume / "recipe.yaml", settings))
 
 
 def _check_start(words: list[str]) -> None:

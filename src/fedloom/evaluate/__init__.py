@@ -1,6 +1,20 @@
 """Measurement: evaluators, statistics and answer extraction. Importing this package registers the evaluators."""
 
-from fedloom.evaluate import bbh, code_match, gsm8k, loss, mini, mmlu, pubmedqa, rouge, tasks, truthfulqa
+from fedloom.evaluate import (
+    bbh,
+    code,
+    code_match,
+    gsm8k,
+    judge,
+    lm_eval_bridge,
+    loss,
+    mini,
+    mmlu,
+    pubmedqa,
+    rouge,
+    tasks,
+    truthfulqa,
+)
 from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
 
 __all__ = [
@@ -9,8 +23,11 @@ __all__ = [
     "Sample",
     "View",
     "bbh",
+    "code",
     "code_match",
     "gsm8k",
+    "judge",
+    "lm_eval_bridge",
     "loss",
     "mini",
     "mmlu",
