@@ -8,6 +8,7 @@ import inspect
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,24 @@ PAGES = [*OUTER, *sorted((ROOT / "docs").glob("*.md"))]
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
-def test_the_page_of_parts_is_up_to_date() -> None:
+def _generator() -> Any:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "parts.md").read_text(encoding="utf-8") == module.page(), "run: python docs/generate.py"
+    return module
+
+
+def test_the_page_of_parts_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "parts.md").read_text(encoding="utf-8") == _generator().page(), (
+        "run: python docs/generate.py"
+    )
+
+
+@pytest.mark.bundled
+def test_the_page_of_methods_is_up_to_date() -> None:
+    found = _generator().methods()
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == found, "run: python docs/generate.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
