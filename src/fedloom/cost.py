@@ -106,11 +106,11 @@ def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool]
     forward = backward = 0
     for name, tensor in start.items():
         module, _, kind = name.rpartition(".")
-        if kind not in ("lora_A", "lora_B"):
+        if kind not in ("lora_A", "lora_B", "lora_R"):
             continue
         forward += tensor.numel()
         # a factor costs once for its own gradient and once to pass the gradient on
-        backward += tensor.numel() * ((moves is None or moves(name)) + (kind == "lora_B" or module not in edge))
+        backward += tensor.numel() * ((moves is None or moves(name)) + (kind != "lora_A" or module not in edge))
     return forward, backward
 
 

@@ -77,6 +77,7 @@ def test_a_run_draws_itself(compared: Path) -> None:
         "Training loss by round",
         "Aggregation error by round",
         "Bytes against loss on validation data",
+        "Loss by regime",
         "Rows of every client by category",
         "Training loss of clients by round",
         "Time by phase",
@@ -142,8 +143,12 @@ def test_values_that_do_not_exist(compared: Path, tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     summary["metrics"]["federated"]["loss"]["loss"] = None
     summary["flops"] = summary["energy_joules"] = None
+    summary["not_run"] = {"federated": {"humaneval": "there is no <sandbox>"}}
     (folder / "summary.json").write_text(json.dumps(summary))
-    drawn(folder)
+    path = folder / "samples" / "tasks.jsonl"
+    path.write_text("".join(json.dumps({**one, "score": None}) + "\n" for one in lines(path)))
+    page, _ = drawn(folder)
+    assert "Not measured: federated, humaneval: there is no &lt;sandbox&gt;" in page
 
 
 def test_ten_thousand_clients(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from fedloom.report import parts, svg
+from fedloom.report.compare import flat
 from fedloom.report.parts import Section, paragraph, table, visible
 from fedloom.report.read import Run
 from fedloom.units import human_bytes
@@ -112,4 +113,5 @@ def _facts(run: Run) -> Markup:
         if name in known:
             value = known[name]
             rows.append([name.replace("_", " "), f"{value:,}" if isinstance(value, int) else visible(value)])
-    return table(["what", "value"], rows, "Machine, versions, model") if rows else Markup("")
+    rows += [[f"evaluation: {name}", visible(value)] for name, value in flat(known.get("evaluation") or {}).items()]
+    return table(["what", "value"], rows, "Machine, versions, model, evaluation") if rows else Markup("")

@@ -41,6 +41,7 @@ def settings(run: Run, evaluator: str) -> dict[str, Any]:
     """
     recorded = run.summary.get("evaluation", {}).get(evaluator)
     told = flat({"evaluation": recorded}) if recorded else {}
+    told.pop("evaluation.model", None)  # it is what is compared
     recipe = run.recipe
     own = next((one for one in recipe.get("evaluate", ()) if _named(one) == evaluator), None)
     if isinstance(own, Mapping):

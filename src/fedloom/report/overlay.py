@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from markupsafe import Markup
 
@@ -10,7 +11,7 @@ from fedloom.evaluate.stats import holm
 from fedloom.report import compare, parts, svg
 from fedloom.report.parts import Section, figure, grid, paragraph, table
 from fedloom.report.read import Run
-from fedloom.report.results import primary
+from fedloom.report.results import dot_of, primary
 from fedloom.report.training import against_bytes, chart, cost_row
 
 
@@ -45,11 +46,14 @@ def _scores(runs: Mapping[str, Run]) -> Section:
             for row, value in zip(rows, values, strict=True):
                 row.append("–" if value is None else text(value))
             dots = [
-                svg.Dot(n, v, tone=parts.tone(n, i)) for i, (n, v) in enumerate(zip(runs, values, strict=True)) if v
+                replace(dot_of(run, evaluator, metric, run.own)[0], name=name, tone=parts.tone(name, i))
+                for i, (name, run) in enumerate(runs.items())
+                if values[i] is not None
             ]
             if dots:
                 behind = table(["run", title], [[dot.name, text(dot.value)] for dot in dots])
-                note = parts.direction(evaluator, metric).capitalize()
+                better = parts.direction(evaluator, metric).capitalize()
+                note = f"{better}. Bars: 95 % intervals (Wilson). Small dots: single clients."
                 figures.append(figure(title, svg.dots(title, dots, metric.replace("_", " "), text), behind, note))
     body = grid(figures) + table(heads, rows, "Each run's own regime, on its test data")
     return Section("scores", "Scores", body)
@@ -118,7 +122,7 @@ def _curves(runs: Mapping[str, Run]) -> Section:
     for evaluator, metric in keys:
         found = {n: r.validation.get((r.own, evaluator, metric), {}) for n, r in runs.items()}
         title = f"{parts.title_of(evaluator, metric)} on validation data by round"
-        figures.append(chart(title, found, metric.replace("_", " ")))
+        figures.append(chart(title, found, metric.replace("_", " "), text=parts.text_of(metric)))
         figures.append(against_bytes(runs, (evaluator, metric)))
     figures.append(against_bytes(runs))
     errors = {n: r.rounds.get("aggregation_error", {}) for n, r in runs.items()}

@@ -61,8 +61,8 @@ def direction(evaluator: str, metric: str) -> str:
 
 
 def visible(text: object) -> str:
-    """Return a text whose control characters can be seen."""
-    return str(text).translate(CONTROL)
+    """Return a text whose control characters can be seen; nothing is null, as in a recipe."""
+    return "null" if text is None else str(text).translate(CONTROL)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Markup:
@@ -86,6 +86,7 @@ def figure(title: str, drawing: Markup, behind: Markup, note: str = "") -> Marku
         "<figure><figcaption>{}</figcaption>{}{}<details><summary>The numbers<span> of: {}</span></summary>{}"
         "</details></figure>"
     )
+    title = title[:1].upper() + title[1:]
     return tag(form, title, drawing, tag('<p class="note">{}</p>', note) if note else "", title, behind)
 
 

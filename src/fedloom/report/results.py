@@ -40,6 +40,8 @@ def answer(run: Run) -> Section:
                 "warning",
             )
         )
+    for regime, reasons in (run.summary.get("not_run") or {}).items():
+        lines += [paragraph(f"Not measured: {regime}, {name}: {why}", "warning") for name, why in reasons.items()]
     names = list(dict.fromkeys(name for metrics in run.metrics.values() for name in metrics))
     for evaluator in names:
         lines += _told(run, evaluator)
@@ -132,7 +134,7 @@ def _by_regime(run: Run, evaluator: str) -> Markup | None:
         value = run.metrics[regime].get(evaluator, {}).get(metric)
         if value is None:
             continue
-        dot, note = _dot(run, evaluator, metric, regime, value)
+        dot, note = dot_of(run, evaluator, metric, regime)
         rows.append(dot)
         notes.add(note)
     if not rows:
@@ -147,7 +149,9 @@ def _by_regime(run: Run, evaluator: str) -> Markup | None:
     return figure(title, svg.dots(title, rows, metric.replace("_", " "), text), behind, note)
 
 
-def _dot(run: Run, evaluator: str, metric: str, regime: str, value: float) -> tuple[svg.Dot, str]:
+def dot_of(run: Run, evaluator: str, metric: str, regime: str) -> tuple[svg.Dot, str]:
+    """Return a metric that a regime has with its interval, or with single clients around it, and a note on which."""
+    value = run.metrics[regime][evaluator][metric]
     source = run.others.get(regime, run)
     found = [
         float(line["score"])

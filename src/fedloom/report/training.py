@@ -41,15 +41,17 @@ def _validation_loss(run: Run) -> Markup | None:
     return chart("Training and validation loss", found, "nats per token", "Validation rows are never trained on.")
 
 
-def chart(title: str, curves: Mapping[str, Curve], unit: str, note: str = "") -> Markup | None:
+def chart(
+    title: str, curves: Mapping[str, Curve], unit: str, note: str = "", text: svg.Text = svg.plain
+) -> Markup | None:
     """Return a figure of curves by round, or None where there is nothing to draw."""
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
     series = [svg.Series(n, sorted(c.items()), parts.tone(n, i)) for i, (n, c) in enumerate(curves.items())]
-    drawing = svg.curves(title, series, ("round", unit), (svg.plain, svg.plain))
+    drawing = svg.curves(title, series, ("round", unit), (svg.plain, text))
     drawing += svg.legend([(one.name, one.tone) for one in series])
-    return figure(title, drawing, parts.curve_table(list(curves), list(curves.values()), svg.plain), note)
+    return figure(title, drawing, parts.curve_table(list(curves), list(curves.values()), text), note)
 
 
 def traffic(run: Run) -> Curve:
