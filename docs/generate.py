@@ -44,10 +44,9 @@ def kind(annotation: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join(f"`{value}`" for value in args)
     if origin in (Union, UnionType):
         return " or ".join(kind(one, limits) for one in args)
-    if origin is tuple:
-        return f"list of {kind(args[0], limits)}"
-    if origin is dict:
-        return f"mapping of {kind(args[0])} to {kind(args[1])}"
+    if origin in (tuple, dict):
+        inner = [kind(one, limits) for one in args if one is not Ellipsis]
+        return f"list of {inner[0]}" if origin is tuple else f"mapping of {inner[0]} to {inner[1]}"
     if issubclass(annotation, Record):
         return _record(annotation)
     bounds = [f"{sign} {value:g}" for sign, value in _bounds(limits)] if annotation in (int, float) else []

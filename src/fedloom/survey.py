@@ -132,7 +132,9 @@ def paper_of(algorithm: type[Algorithm]) -> str:
 def partners(algorithm: type[Algorithm]) -> list[str]:
     """Return what an algorithm goes together with."""
     found = [] if algorithm.own_step else ["server optimisers"]
-    found += [] if algorithm.own_combine else ["robust rules", "secure aggregation"]
+    found += [] if algorithm.own_combine else ["robust rules"]
+    # the server then needs nothing but the sum of the updates
+    found += ["secure aggregation"] if algorithm.combine is Algorithm.combine else []
     return [*found, *(["mixed ranks"] if algorithm.mixed_ranks else [])]
 
 
