@@ -22,7 +22,7 @@ def test_everything_is_looked_at_once_and_quickly() -> None:
     names = [check.name for check in doctor.checks()]
     assert time.monotonic() - start < 5
     wanted = {"python", "torch", "cores", "cpu bf16", "gpu", "memory", "hub", "smollm2-135m", "cache", "disk", "data"}
-    wanted |= {"fedloom", "transformers", "peft", "allocator", "bitsandbytes"}
+    wanted |= {"fedloom", "transformers", "peft", "allocator", "bitsandbytes", "sandbox"}
     assert wanted | {"tensorboard", "wandb", "mlflow", "trackio"} == set(names)
     assert len(names) == len(set(names))
 

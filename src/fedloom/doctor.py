@@ -68,6 +68,7 @@ def checks(timeout: float = 3.0) -> list[Check]:
         "cache": _cache,
         "disk": _disk,
         "data": _data,
+        "sandbox": _sandbox,
         "bitsandbytes": _bitsandbytes,
         **{name: partial(_package, name) for name in _TRACKERS},
     }
@@ -166,6 +167,16 @@ def _ask_hub(timeout: float) -> str:
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
     return ""
+
+
+def _sandbox() -> _Finding:
+    from fedloom.evaluate.probe import sandbox  # tries it, with a real program
+
+    found = sandbox()
+    if isinstance(found, str):
+        reason, _, fix = found.partition("; install it with: ")
+        return "missing", f"{reason}: model-written programs are not run", fix
+    return "ok", f"{found.name}, which held in a trial: humaneval, mbpp and humaneval-x can run programs", ""
 
 
 def _bundled(name: str) -> _Finding:

@@ -31,7 +31,7 @@ def connect():
 def fork():
     children = []
     try:
-        while len(children) < 64:
+        while len(children) < 14:  # above its limit, below what is killed
             child = os.fork()
             if child == 0:
                 os.read(hold, 1)
@@ -71,7 +71,7 @@ def interpreter() -> Interpreter | str:
         if reachable(path):
             inside = path.resolve().is_relative_to("/usr")
             return Interpreter(str(path), () if inside else (own,))
-    return "programs can use no Python; install one that every user can read with: apt-get install python3"
+    return "there is no Python that every user can read; install it with: apt-get install python3"
 
 
 def reachable(path: Path) -> bool:

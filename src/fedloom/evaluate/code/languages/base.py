@@ -90,6 +90,20 @@ def last_name(pattern: str, declaration: str) -> str:
     return found[-1] if found else ""
 
 
+def head_of(language: Language, problem: Problem, code: str, pattern: str) -> str:
+    """Return what a declaration says before its open function, for code that brings the function itself.
+
+    Other functions that stand there go where the code brings one of them, too; lines without a block stay.
+    """
+    lines = problem.declaration.split("\n")
+    opened = max((i for i, line in enumerate(lines) if re.search(rf"\b{problem.entry}\b", line)), default=0)
+    head = "\n".join(lines[:opened])
+    names = set(re.findall(pattern, head, re.MULTILINE)) - {"if", "for", "while", "switch"}
+    if any(language.defines(name, code) for name in names):
+        head = "\n".join(line for line in lines[:opened] if line.startswith(("#include", "using ", "use ", "import ")))
+    return f"{head}\n"
+
+
 def tool(name: str) -> str | None:
     """Return the path of a tool that programs' user can reach, or None."""
     found = shutil.which(name, path=f"/usr/local/bin:/usr/bin:/bin:{os.environ.get('PATH', '')}")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from fedloom.evaluate.code import braces
-from fedloom.evaluate.code.languages.base import COMPILED, Problem, lacking, last_name
+from fedloom.evaluate.code.languages.base import COMPILED, Problem, head_of, lacking, last_name
 from fedloom.evaluate.sandbox import Job
 
 _HARNESS = r"""
@@ -22,10 +22,13 @@ int main() {
 """
 _BUILD = (
     "set -e; g++ -std=c++17 -O1 -w -c {job}/program.cpp -o program.o < /dev/null; "
-    "objcopy --redefine-sym main=program_main program.o; g++ -O1 {job}/harness.cpp program.o -o run < /dev/null; "
+    "objcopy --redefine-sym main=program_main program.o; "
+    "for library in /usr/lib/*/libcrypto.so; do if test -e $library; then crypto=-lcrypto; fi; done; "
+    "g++ -O1 {job}/harness.cpp program.o -o run $crypto < /dev/null; "
     "exec ./run"
 )
 _MAIN = re.compile(r"^\s*(?:int|void)\s+main\s*\([^)]*\)\s*(?=\{)", re.MULTILINE)
+_FUNCTION = r"\b(\w+)\s*\([^(){};]*\)\s*\{"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +43,16 @@ class Cpp:
         return lacking(("g++", "objcopy"), "apt-get install g++")
 
     def program(self, problem: Problem, code: str) -> str:
-        """Return the includes of the declaration, the answer without a `main` of its own, and the checks."""
+        """Return the declaration's head, the answer without a `main` of its own, and the checks."""
         if self.defines(problem.entry, code):
-            lines = problem.declaration.split("\n")
-            head = [line for line in lines if line.startswith(("#include", "using "))]
-            code = "\n".join([*head, braces.without(code, _MAIN)])
+            code = f"{head_of(self, problem, code, _FUNCTION)}{braces.without(code, _MAIN)}"
         else:
             code = f"{problem.declaration}{code}"
         return f"{problem.setup}\n{code}\n{problem.tests}\n"
 
     def entry(self, declaration: str) -> str:
         """Return the name of the last function that a declaration opens."""
-        return last_name(r"\b(\w+)\s*\([^(){};]*\)\s*\{", declaration)
+        return last_name(_FUNCTION, declaration)
 
     def defines(self, entry: str, code: str) -> bool:
         """Return whether the function's block is there, behind a type: a call in a condition is none."""

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from fedloom.evaluate.code import braces
-from fedloom.evaluate.code.languages.base import MANAGED, Problem, lacking, last_name
+from fedloom.evaluate.code.languages.base import MANAGED, Problem, head_of, lacking, last_name
 from fedloom.evaluate.sandbox import Job
 from fedloom.evaluate.watch import MIB
 
@@ -63,6 +63,7 @@ _SINGLE = re.compile(r"^import\s+((?:[\w.]+\s+)?\"[^\"]+\")", re.MULTILINE)
 _PACKAGE = re.compile(r"^package\s+\w+", re.MULTILINE)
 _MAIN = re.compile(r"^func\s+main\s*\(\s*\)\s*(?=\{)", re.MULTILINE)
 _TEST = re.compile(r"^func\s+(Test\w+)\s*\(\s*t\s+\*testing\.T\s*\)", re.MULTILINE)
+_FUNCTION = r"^func\s+(\w+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,12 @@ class Go:
 
     def program(self, problem: Problem, code: str) -> str:
         """Return one file with the imports that are used, the answer and the checks."""
-        code = code if self.defines(problem.entry, code) else f"{problem.declaration}{code}"
-        whole = f"{problem.setup}\n{code}\n{problem.tests}\n"
+        head = head_of(self, problem, code, _FUNCTION) if self.defines(problem.entry, code) else problem.declaration
+        code = f"{head}{code}\n{problem.tests}\n"
+        whole = f"{problem.setup}\n{problem.declaration}\n{code}"
         lines = [line.strip() for block in _BLOCK.findall(whole) for line in block.split("\n")]
         specs = dict.fromkeys(one for one in (*lines, *_SINGLE.findall(whole)) if one and not one.startswith("//"))
-        code = _PACKAGE.sub("", _SINGLE.sub("", _BLOCK.sub("", whole)))
+        code = _PACKAGE.sub("", _SINGLE.sub("", _BLOCK.sub("", code)))
         code = braces.without(code, _MAIN)
         # what is imported and not used is an error of the compiler's; the answer cannot know what the checks import
         used = [one for one in specs if "testify" not in one and re.search(rf"\b{_name(one)}\.", code)]
@@ -90,7 +92,7 @@ class Go:
 
     def entry(self, declaration: str) -> str:
         """Return the name of the last function that a declaration opens."""
-        return last_name(r"^func\s+(\w+)", declaration)
+        return last_name(_FUNCTION, declaration)
 
     def defines(self, entry: str, code: str) -> bool:
         """Return whether the function is declared."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from fedloom.evaluate.code import braces
-from fedloom.evaluate.code.languages.base import MANAGED, Problem, lacking, last_name, tool
+from fedloom.evaluate.code.languages.base import MANAGED, Problem, head_of, lacking, last_name, tool
 from fedloom.evaluate.sandbox import Job
 
 _HARNESS = """
@@ -19,6 +19,7 @@ require("./program.js");
 say(1, "\\n" + token + "\\n");
 process.exit(0);
 """
+_FUNCTION = r"\b(?:const|let|var|function)\s+(\w+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,14 @@ class JavaScript:
         return lacking(("node",), "apt-get install nodejs")
 
     def program(self, problem: Problem, code: str) -> str:
-        """Return the answer and the checks."""
-        code = code if self.defines(problem.entry, code) else f"{problem.declaration}{code}"
+        """Return the declaration's head, the answer and the checks."""
+        whole = self.defines(problem.entry, code)
+        code = f"{head_of(self, problem, code, _FUNCTION) if whole else problem.declaration}{code}"
         return f"{problem.setup}\n{code}\n{problem.tests}\n"
 
     def entry(self, declaration: str) -> str:
         """Return the name of the last function that a declaration opens."""
-        return last_name(r"\b(?:const|let|var|function)\s+(\w+)", declaration)
+        return last_name(_FUNCTION, declaration)
 
     def defines(self, entry: str, code: str) -> bool:
         """Return whether the function is declared; a mere variable of its name is no function."""

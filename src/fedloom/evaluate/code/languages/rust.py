@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from fedloom.evaluate.code import braces
-from fedloom.evaluate.code.languages.base import MANAGED, Problem, last_name, tool
+from fedloom.evaluate.code.languages.base import MANAGED, Problem, head_of, last_name, tool
 from fedloom.evaluate.probe import reachable
 from fedloom.evaluate.sandbox import Job
 
@@ -30,6 +30,7 @@ _BUILD = "set -e; rustc --edition 2018 --cap-lints allow {job}/main.rs -o run < 
 _CRATES = re.compile(r"^use (?:rand|regex|md5)\b[^;]*;", re.MULTILINE)
 _MAIN = re.compile(r"^\s*(?:pub\s+)?fn\s+main\s*\(\s*\)\s*(?=\{)", re.MULTILINE)
 _TEST = re.compile(r"#\[test\]\s*(?:pub\s+)?fn\s+(\w+)")
+_FUNCTION = r"\bfn\s+(\w+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Rust:
     def program(self, problem: Problem, code: str) -> str:
         """Return the `use` lines of the declaration, the answer without a `main` of its own, and the checks."""
         if self.defines(problem.entry, code):
-            head = re.split(rf"^(?:pub )?fn {problem.entry}\b", problem.declaration, maxsplit=1, flags=re.MULTILINE)[0]
+            head = head_of(self, problem, code, _FUNCTION)
             ours = {line.strip() for line in head.split("\n") if line.startswith("use ")}
             code = "\n".join(line for line in code.split("\n") if line.strip() not in ours)
             code = f"{head}{braces.without(code, _MAIN)}"
@@ -58,7 +59,7 @@ class Rust:
 
     def entry(self, declaration: str) -> str:
         """Return the name of the last function that a declaration opens."""
-        return last_name(r"\bfn\s+(\w+)", declaration)
+        return last_name(_FUNCTION, declaration)
 
     def defines(self, entry: str, code: str) -> bool:
         """Return whether the function is declared."""
