@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.helpers import adapter, lines, run, same, tree
+from tests.helpers import MODEL, adapter, lines, run, same, tree
 
 import fedloom
 from fedloom import recipe as recipes
@@ -277,3 +277,42 @@ def _watched(work: Any, see: Any = None) -> list[Fitted]:
         patch.setattr(engine.fit, "fit", noted)
         work()
     return seen
+
+
+RECIPES = ["ffa-lora", "rolora", "fedsa-lora", "flexlora", "hetlora", "flora", "fedex", "lora-fair", "lora-fair-sgd"]
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "hlora", "fedsvd"])
+def test_the_shipped_recipe_runs(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    texts = ["rounds=1", "trainer.batch=2", "trainer.steps=1", "runtime.threads=1", "data.max_tokens=2000"]
+    texts += ["data.source.rows_per_category=6", "evaluate.1.items_per_category=1", "evaluate.1.max_new_tokens=2"]
+    result = fedloom.run(name, *texts, out=tmp_path / "r", model={"name": str(tiny_folder), **MODEL})
+    assert result.recipe.algorithm.part_name == name
+    assert result.summary["participations"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "down", "up"),
+    [
+        ("ffa-lora", {"B"}, 1.0, 1.0),
+        ("rolora", {"A", "B"}, 1.0, 1.0),
+        ("fedsa-lora", {"A"}, 1.0, 1.0),
+        ("hetlora", {"A", "B"}, 2.0, 2.0),
+        ("lora-fair", {"A", "B"}, 2.0, 2.0),
+        ("lora-fair-sgd", {"A", "B"}, 2.0, 2.0),
+        ("hlora", {"A", "B"}, 2.0, 2.0),
+        ("fedsvd", {"A", "B"}, 2.0, 1.0),
+    ],
+)
+def test_the_table_of_algorithms_tells_what_travels(name: str, shares: set[str], down: float, up: float) -> None:
+    """In units of one factor of a square layer of 64 and rank 8."""
+    from fedloom.algorithms import Algorithm
+    from fedloom.survey import survey, toy_shapes
+
+    kind = Algorithm.known[name]
+    assert issubclass(kind, Algorithm)
+    found = survey(kind(), recipes.Recipe(), ["client-1", "client-2"], toy_shapes())
+    assert found.shares["params"] == shares
+    assert (found.down, found.up) == (down * 4 * 8 * 64, up * 4 * 8 * 64)
+    assert found.paper
+    assert found.keeps == {"rolora": {"frozen": {"A", "B"}}, "fedsa-lora": {"own_b": {"B"}}}.get(name, {})
