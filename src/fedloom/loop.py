@@ -19,6 +19,7 @@ from fedloom import recipe as recipes
 from fedloom.algorithms.centralized import Centralized
 from fedloom.algorithms.local import Local
 from fedloom.checkpoint import Checkpoints
+from fedloom.client.adapters import Lora
 from fedloom.data.federation import split_table
 from fedloom.outcome import summarize, write_summary
 from fedloom.plan import make_plan
@@ -239,6 +240,8 @@ def _centralized(recipe: Recipe, world: World, state: ServerState) -> Recipe:
     # one participant's change is applied as it is: a server step would only distort plain training
     plain = recipe.server.model_copy(update={"lr": 1.0, "optimizer": ServerSgd()})
     changes: dict[str, Any] = {"algorithm": Centralized(), "sampler": Uniform(), "server": plain}
+    if isinstance(recipe.adapter, Lora):
+        changes["adapter"] = recipe.adapter.model_copy(update={"ranks": ()})  # the one participant has the global rank
     if recipe.budget == "equal_tokens":
         tokens = max(1, math.ceil(world.totals.tokens / state.round))
         length = {"steps": None, "epochs": None, "tokens": tokens}

@@ -29,11 +29,10 @@ def table(recipe: Recipe | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     if recipe is not None:
         names = [f"client-{i + 1}" for i in range(recipe.data.clients)]
         clients = recipe.sampler.cohort(0, names, recipe.seed)
-    rows: list[tuple[str, ...]] = []
+    base, rows = recipe or Recipe(), list[tuple[str, ...]]()
+    shapes = toy_shapes() if recipe is None else shapes_of(recipe, clients)
     for name, kind in sorted(Algorithm.known.items()):
         assert issubclass(kind, Algorithm)
-        base = recipe or Recipe()
-        shapes = toy_shapes() if recipe is None else shapes_of(recipe, clients)
         found = survey(kind(), base, clients, shapes)
         others = partners(kind) if found.up else []
         row = (name, found.paper, told(found.shares), told(found.keeps), ", ".join(others))
