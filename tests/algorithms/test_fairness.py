@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.algorithms.quadratics import Curve, drive, federate, one_round
 from tests.bare import bare_server
-from tests.helpers import adapter, lines, run, same
+from tests.helpers import MODEL, adapter, lines, run, same
 
 import fedloom
 from fedloom import recipe as recipes
@@ -266,6 +266,13 @@ def test_in_processes_it_is_the_same(algorithm: str, tiny_folder: Path, tmp_path
     here = run(tiny_folder, tmp_path / "a", **changes)
     there = run(tiny_folder, tmp_path / "b", **changes, runtime={"name": "processes", "workers": 2, "threads": 1})
     assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
+
+
+@pytest.mark.parametrize("algorithm", ["qfedavg", "afl", "fednova", "diloco"])
+def test_each_has_a_recipe_of_its_name(algorithm: str, tiny_folder: Path, tmp_path: Path) -> None:
+    small = ["rounds=1", "data.source.rows_per_category=2", "runtime.threads=1"]
+    tiny = {"model": {"name": str(tiny_folder), **MODEL}, "data": {"max_tokens": 2000}, "evaluate": []}
+    assert fedloom.run(algorithm, *small, out=tmp_path / "a", **tiny).recipe.algorithm.part_name == algorithm
 
 
 @pytest.mark.parametrize("algorithm", ["qfedavg", "afl"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tests.client.test_trainer import _bench, _rows
-from tests.helpers import adapter, lines, run, same
+from tests.helpers import MODEL, adapter, lines, run, same
 
 import fedloom
 from fedloom import recipe as recipes
@@ -236,6 +236,13 @@ def test_fedswa_with_its_falling_rate_end_to_end(tiny_folder: Path, tmp_path: Pa
     flat = run(tiny_folder, tmp_path / "b", trainer=sgd, **swa)
     assert not same(adapter(found), adapter(flat))
     assert found.summary["train_loss_last"] < found.summary["train_loss_first"]
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedswa"])
+def test_each_has_a_recipe_of_its_name(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    small = ["rounds=1", "data.source.rows_per_category=2", "trainer.steps=1", "runtime.threads=1"]
+    tiny = {"model": {"name": str(tiny_folder), **MODEL}, "data": {"max_tokens": 2000}, "evaluate": []}
+    assert fedloom.run(name, *small, out=tmp_path / "a", **tiny).recipe.server.optimizer.part_name == name
 
 
 def test_rounds_tell_how_the_worst_client_fares(tiny_folder: Path, tmp_path: Path) -> None:
