@@ -57,6 +57,7 @@ def test_cells_are_runs_and_the_table_is_their_summaries(bench: Any, tiny_folder
     assert float(mine["loss loss_mean"]) == mean
     assert float(mine["bytes"]) > 0
     assert next(r for r in rows if r["regime"] == "local")["bytes"] == "0.0"
+    assert "algorithm" in (folder / "out" / "report.html").read_text()
     for end in ("md", "tex"):
         assert "fedprox" in (folder / "out" / f"table.{end}").read_text()
 
@@ -98,6 +99,21 @@ def test_comparisons_are_paired(tmp_path: Path) -> None:
     assert (one.difference, one.low, one.high) == (expected.mean, expected.low, expected.high)
     assert one.p == stats.mcnemar(a, b)
     assert (one.first, one.second, one.items) == ("a", "b", 8)
+
+
+def test_other_evaluation_settings_are_not_paired(tmp_path: Path) -> None:
+    outcomes = []
+    for label, dtype in (("a", "fp32"), ("b", "bf16")):
+        (tmp_path / label / "samples").mkdir(parents=True)
+        line = {"regime": "federated", "client": None, "id": "i", "score": 1.0}
+        (tmp_path / label / "samples" / "tasks.jsonl").write_text(json.dumps(line) + "\n")
+        summary = {"metrics": {"federated": {}}, "bytes_up": 1, "bytes_down": 1, "trained_tokens": 1}
+        summary |= {"fit_seconds": 1.0, "peak_rss_bytes": 1, "evaluation": {"tasks": {"dtype": dtype, "batch": 8}}}
+        outcomes.append(Outcome(Cell("r", (("model.dtype", label),), 0, (), tmp_path / label), summary))
+    found = tabulate(outcomes)
+    assert not found.comparisons
+    assert found.unpaired == ["r, tasks: a and b differ in dtype"]
+    assert "- not paired: r, tasks: a and b differ in dtype" in found.markdown()
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:

@@ -72,11 +72,13 @@ class Bench:
 
     Attributes:
         missing: (recipe, variation, seed, why) of cells without a result.
+        unpaired: what could not be compared, and why.
     """
 
     rows: Sequence[Row]
     comparisons: Sequence[Comparison]
     missing: Sequence[tuple[str, str, int, str]]
+    unpaired: Sequence[str] = ()
 
     def metrics(self) -> list[str]:
         """Return the metrics that any row has, in order."""
@@ -114,7 +116,8 @@ class Bench:
         if self.comparisons:
             heads = ["recipe", "evaluator", "first", "second", "second - first", "95 % interval", "p (Holm)", "items"]
             lines += ["", _line(heads), _line(["---"] * len(heads)), *(_line(_told(one)) for one in self.comparisons)]
-        lines += [""] if self.missing else []
+        lines += [""] if self.missing or self.unpaired else []
+        lines += [f"- not paired: {why}" for why in self.unpaired]
         lines += [f"- {recipe}, {variation}, seed {seed}: {why}" for recipe, variation, seed, why in self.missing]
         return "\n".join(lines) + "\n"
 
@@ -172,7 +175,8 @@ def tabulate(outcomes: Iterable[Outcome]) -> Bench:
         _row(recipe, label, regime, found) for (recipe, label), found in groups.items() for regime in _regimes(found)
     ]
     missing = [(o.cell.recipe, o.cell.label, o.cell.seed, o.reason) for o in outcomes if not o.summary]
-    return Bench(rows, _comparisons(groups), missing)
+    comparisons, unpaired = _comparisons(groups)
+    return Bench(rows, comparisons, missing, unpaired)
 
 
 def _regimes(found: Sequence[Outcome]) -> list[str]:
@@ -211,9 +215,9 @@ def _costs_of(outcome: Outcome, regime: str) -> dict[str, float]:
     return {**found, **({"flops": summary["flops"]} if summary.get("flops") is not None else {})}
 
 
-def _comparisons(groups: Mapping[tuple[str, str], Sequence[Outcome]]) -> list[Comparison]:
-    """Compare every variation with the first of its recipe, in the recipe's own regime."""
-    found: list[Comparison] = []
+def _comparisons(groups: Mapping[tuple[str, str], Sequence[Outcome]]) -> tuple[list[Comparison], list[str]]:
+    """Compare every variation with the first of its recipe, in the recipe's own regime; return what could not be too."""
+    found, unpaired = list[Comparison](), list[str]()
     firsts: dict[str, tuple[str, Sequence[Outcome]]] = {}
     for (recipe, label), outcomes in groups.items():
         if recipe not in firsts:
@@ -223,10 +227,19 @@ def _comparisons(groups: Mapping[tuple[str, str], Sequence[Outcome]]) -> list[Co
         a, b = _samples(others), _samples(outcomes)
         for evaluator in a.keys() & b.keys():
             items = sorted(a[evaluator].keys() & b[evaluator].keys())
-            if items:
+            if odd := _settings_apart(evaluator, [*others, *outcomes]):
+                unpaired.append(f"{recipe}, {evaluator}: {first} and {label} differ in {', '.join(odd)}")
+            elif items:
                 found.append(_compare((recipe, evaluator, first, label), items, a[evaluator], b[evaluator]))
     adjusted = iter(stats.holm([one.p for one in found if one.p is not None]))
-    return [one if one.p is None else Comparison(**{**asdict(one), "p": next(adjusted)}) for one in found]
+    told = [one if one.p is None else Comparison(**{**asdict(one), "p": next(adjusted)}) for one in found]
+    return told, unpaired
+
+
+def _settings_apart(evaluator: str, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the settings of an evaluator, such as dtype or batch, in which runs differ: they measured other things."""
+    told = [one.summary.get("evaluation", {}).get(evaluator, {}) for one in outcomes]
+    return sorted({key for one in told for key in one.keys() | told[0].keys() if one.get(key) != told[0].get(key)})
 
 
 Items = dict[tuple[int, str | None, str], float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,8 +62,17 @@ def bench(
 
     outcomes = run_all(cells, set_file or (), lambda cell: ConsoleSink(console, quiet), told)
     found = tabulate(outcomes)
-    written = found.write(out)
+    written = [*found.write(out), *_page(outcomes, out)]
     typer.echo(found.markdown(), nl=False)
     console.print(f"written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     if found.missing:
         raise typer.Exit(INCOMPLETE)
+
+
+def _page(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
+    """Lay the runs of the first seed over each other on one page, where there are several."""
+    from fedloom.report import write_overlay
+
+    done = [one.cell for one in outcomes if one.summary]
+    folders = [cell.folder for cell in done if cell.seed == done[0].seed]
+    return [write_overlay(folders, out / "report.html")[0]] if len(folders) > 1 else []
