@@ -89,7 +89,8 @@ def run_all(
     A recipe that is refused, or a run that had to stop, leaves its reason, and the bench goes on with the next cell.
 
     Args:
-        set_files: keys to lay over every recipe.  sink: receives the events of a cell's run.
+        set_files: keys to lay over every recipe; `_tiny` stands for each recipe's own file of that ending.
+        sink: receives the events of a cell's run.
         told: is told of every cell once it is over.
     """
     outcomes = []
@@ -101,7 +102,8 @@ def run_all(
 
 def _outcome(cell: Cell, set_files: Sequence[str], sink: Callable[[Cell], Sink]) -> Outcome:
     try:
-        wanted = recipes.load(cell.recipe, cell.overrides, set_files).resolved()
+        files = [f"{cell.recipe}{name}" if name.startswith("_") else name for name in set_files]
+        wanted = recipes.load(cell.recipe, cell.overrides, files).resolved()
         if not (cell.folder / "recipe.yaml").is_file():
             return Outcome(cell, loop.run(wanted, out=cell.folder, sink=sink(cell)).summary)
         if odd := _unlike(cell.folder, wanted):

@@ -216,7 +216,7 @@ def _costs_of(outcome: Outcome, regime: str) -> dict[str, float]:
 
 
 def _comparisons(groups: Mapping[tuple[str, str], Sequence[Outcome]]) -> tuple[list[Comparison], list[str]]:
-    """Compare every variation with the first of its recipe, in the recipe's own regime; return what could not be too."""
+    """Compare every variation with the first of its recipe, in the recipe's own regime; tell what could not be."""
     found, unpaired = list[Comparison](), list[str]()
     firsts: dict[str, tuple[str, Sequence[Outcome]]] = {}
     for (recipe, label), outcomes in groups.items():

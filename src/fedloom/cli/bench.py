@@ -33,6 +33,8 @@ def bench(
 ) -> None:
     """Run recipes x variations x seeds and put them into one table; go on where an earlier call was stopped.
 
+    With --set-file _tiny every recipe takes its own file of that ending, such as fed-gsm8k-3_tiny.
+
     Regimes (local, federated, centralized) come from the recipes' `compare`, at the token budget of `budget`.
 
     [bold]Examples[/]
