@@ -9,13 +9,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedloom import __version__, allocator
+from fedloom.cli.bench import bench
 from fedloom.cli.chat import chat
 from fedloom.cli.data import data
 from fedloom.cli.doctor import doctor
 from fedloom.cli.evaluate import evaluate
 from fedloom.cli.export import export
-from fedloom.cli.report import report
 from fedloom.cli.import_ import import_
+from fedloom.cli.report import report
 from fedloom.cli.run import run
 from fedloom.cli.show import list_parts, show
 
@@ -53,6 +54,7 @@ app.command(no_args_is_help=True)(run)
 app.command(no_args_is_help=True)(show)
 app.command("list")(list_parts)
 app.command(no_args_is_help=True)(data)
+app.command(no_args_is_help=True)(bench)
 app.command("import", no_args_is_help=True)(import_)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command(no_args_is_help=True)(chat)
