@@ -70,6 +70,20 @@ def test_memory_beyond_a_processs_own_limit_is_watched() -> None:
 
 
 @needed
+def test_memory_that_no_process_maps_is_refused() -> None:
+    code = """
+import ctypes, os
+library = ctypes.CDLL(None, use_errno=True)
+print(library.shmget(0, 2**28, 0o1600), ctypes.get_errno())
+try:
+    os.memfd_create("hidden")
+except OSError as error:
+    print(error.errno)
+"""
+    assert run(code).output.split() == ["-1", "1", "1"]
+
+
+@needed
 def test_an_endless_loop_ends() -> None:
     assert run("while True: pass").ended == "time"
     assert run("import time; time.sleep(99)", Limits(seconds=0.5)).ended == "time"
@@ -201,12 +215,15 @@ def test_the_probe_finds_what_a_plain_process_lets_through() -> None:
     [
         ("--unshare-net", "connected to the host's network"),
         ("--nproc", "processes"),
+        ("seccomp", "memory that no limit shows"),
         ("--as", "memory"),
     ],
 )
-def test_the_probe_finds_a_missing_wall(lost: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_finds_a_missing_wall(lost: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedloom.evaluate import sandbox
 
+    filters = sandbox._filter()
+    monkeypatch.setattr(sandbox, "_filter", lambda: {name: one for name, one in filters.items() if name != lost})
     for name in ("_namespaces", "limited"):
         whole = getattr(sandbox, name)
         less = lambda *a, _whole=whole, **k: [word for word in _whole(*a, **k) if not word.startswith(lost)]

@@ -46,6 +46,7 @@ attempt("canary", lambda: open(canary).read())
 attempt("connect", connect)
 attempt("memory", lambda: len(bytearray(4 * 2**30)))
 attempt("disk", lambda: [os.path.exists(p) for p in ("/", "/job", "/usr", "/dev") if os.access(p, os.W_OK)])
+attempt("hidden", lambda: os.memfd_create("hidden") > 0)
 attempt("environment", lambda: open("/proc/1/environ").read())
 os.set_inheritable(release, False)
 os.register_at_fork(after_in_child=lambda: os.close(release))
@@ -128,6 +129,7 @@ def _judge(outcome: Outcome, token: str, secret: str, hit: bool) -> str:
         "connected to the host's network": bool(found["connect"]) or hit,
         f"started {found['forks']} processes": found["forks"] is None or found["forks"] > _LIMITS.processes,
         "took 4 GiB of memory": bool(found["memory"]),
+        "took memory that no limit shows": bool(found["hidden"]),
         "could write outside its scratch disk": found["disk"] != [],
         "saw an environment": bool(found["environment"]),
     }

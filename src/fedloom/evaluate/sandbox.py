@@ -5,7 +5,8 @@ system tree, a small scratch disk, an empty environment, and limits on processes
 space. What a limit cannot hold, such as the memory of a Java machine, is watched: once the process tree's resident size
 passes its limit, all of it is killed.
 
-Not contained: kernel memory that belongs to no process (many empty files), for want of a control group.
+System calls for memory that neither shows are filtered out. Not contained: the kernel's own memory (for many empty
+files, say), for want of a control group.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from fedloom.evaluate import seccomp
 from fedloom.evaluate.watch import USUAL, Ended, Limits, watch
 
 NOBODY = 65533
@@ -96,11 +98,12 @@ class Bubblewrap:
 
     def run(self, job: Job) -> Outcome:
         """Run one program; `error` if bubblewrap could not set up the sandbox."""
-        with _memory_files(job.files) as files, _pipe() as (told, tell):
+        with _memory_files(job.files) as files, _memory_files(_filter()) as filters, _pipe() as (told, tell):
             words = [self.path, "--json-status-fd", str(tell), *_namespaces(), *_tree(job), *_given(files)]
+            words += [word for fd in filters.values() for word in ("--seccomp", str(fd))]
             words += ["--remount-ro", "/", "--chdir", WORK, "--", *limited(job.limits, confined=True)]
             words += [word.replace("{job}", JOB) for word in job.command]
-            fds = (*files.values(), tell)
+            fds = (*files.values(), *filters.values(), tell)
             try:
                 process = _start(words, "/", {}, fds)  # its own environment can be read from within: an empty one
             except OSError as error:
@@ -203,14 +206,20 @@ def _tree(job: Job) -> list[str]:
     for pattern in CONFIGURATION:
         for place in sorted(Path("/etc").glob(pattern)):
             words += ["--ro-bind-try", str(place), str(place)]
-    for tree in job.trees:
-        words += ["--ro-bind", str(tree), str(tree)]
     # /dev is a disk in memory without a limit of its own
     words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     words += ["--size", str(job.limits.disk_bytes), "--tmpfs", WORK]
+    for tree in job.trees:  # behind the scratch disk, in whose place one may lie
+        words += ["--ro-bind", str(tree), str(tree)]
     for name, value in environment(job, WORK).items():
         words += ["--setenv", name, value]
     return words
+
+
+def _filter() -> Mapping[str, bytes]:
+    """Return the filter of system calls; without one the probe finds the sandbox wanting."""
+    found = seccomp.program()
+    return {} if found is None else {"seccomp": found}
 
 
 def _given(files: Mapping[str, int]) -> list[str]:
@@ -221,13 +230,13 @@ def _given(files: Mapping[str, int]) -> list[str]:
 
 
 @contextmanager
-def _memory_files(files: Mapping[str, str]) -> Iterator[Mapping[str, int]]:
+def _memory_files(files: Mapping[str, str | bytes]) -> Iterator[Mapping[str, int]]:
     """Yield name -> descriptor: files that lie in no folder, so that no folder need be opened to another user."""
     made: dict[str, int] = {}
     try:
         for name, text in files.items():
             made[name] = os.memfd_create(name)
-            os.write(made[name], text.encode())
+            os.write(made[name], text.encode() if isinstance(text, str) else text)
             os.lseek(made[name], 0, os.SEEK_SET)
         yield MappingProxyType(made)
     finally:

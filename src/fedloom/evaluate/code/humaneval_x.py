@@ -1,7 +1,8 @@
 """HumanEval-X (arXiv 2303.17568): HumanEval's problems by hand in six languages.
 
-As published, some cannot be solved: the checks of JavaScript/112 and /155 fail for their own solutions, and a body
-alone cannot complete CPP/38. CPP/22 and /137 need Boost, CPP/162 OpenSSL and JavaScript/162 the module js-md5.
+As published, some cannot be solved: the checks of JavaScript/112 and /155 fail for their own solutions, a body alone
+cannot complete CPP/38, and Rust/10 opens another function than the one that is checked. CPP/22 and /137 need Boost,
+CPP/162 OpenSSL and JavaScript/162 the module js-md5.
 """
 
 from __future__ import annotations

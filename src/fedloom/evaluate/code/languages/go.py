@@ -6,6 +6,7 @@ The checks are written against testify's `assert`; a small stand-in with the sam
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fedloom.evaluate.code import braces
@@ -63,6 +64,7 @@ _SINGLE = re.compile(r"^import\s+((?:[\w.]+\s+)?\"[^\"]+\")", re.MULTILINE)
 _PACKAGE = re.compile(r"^package\s+\w+", re.MULTILINE)
 _MAIN = re.compile(r"^func\s+main\s*\(\s*\)\s*(?=\{)", re.MULTILINE)
 _TEST = re.compile(r"^func\s+(Test\w+)\s*\(\s*t\s+\*testing\.T\s*\)", re.MULTILINE)
+_COMMON = ("fmt", "math", "sort", "strconv", "strings")
 _FUNCTION = r"^func\s+(\w+)"
 
 
@@ -87,7 +89,7 @@ class Go:
         code = _PACKAGE.sub("", _SINGLE.sub("", _BLOCK.sub("", code)))
         code = braces.without(code, _MAIN)
         # what is imported and not used is an error of the compiler's; the answer cannot know what the checks import
-        used = [one for one in specs if "testify" not in one and re.search(rf"\b{_name(one)}\.", code)]
+        used = [one for one in (*specs, *_lost(specs)) if "testify" not in one and _uses(code, one)]
         return "\n".join(["package main", "", "import (", *(f"    {one}" for one in used), ")", code])
 
     def entry(self, declaration: str) -> str:
@@ -109,6 +111,16 @@ class Go:
         environment = {"GO111MODULE": "off", "CGO_ENABLED": "0", "GOCACHE": "/tmp/.gocache", "GOTOOLCHAIN": "local"}
         limits = replace(MANAGED, seconds=90.0, cpu_seconds=60, disk_bytes=512 * MIB)  # it compiles its library anew
         return Job(files, ("/bin/sh", "-c", _BUILD), f"{token}\n", limits, (), environment)
+
+
+def _lost(specs: Iterable[str]) -> list[str]:
+    """Return common packages that are not imported: some problems, as published, use one without importing it."""
+    names = {_name(one) for one in specs}
+    return [one for one in (f'"{path}"' for path in _COMMON) if _name(one) not in names]
+
+
+def _uses(code: str, spec: str) -> bool:
+    return re.search(rf"\b{_name(spec)}\.[A-Z]", code) is not None
 
 
 def _name(spec: str) -> str:
