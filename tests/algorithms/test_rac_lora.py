@@ -163,8 +163,8 @@ def test_an_absent_client_holds_the_servers_log(tiny_folder: Path, tmp_path: Pat
     logs: dict[str, tuple[Merge, ...]] = {}
     with watched() as seen:
         result = run(
-            tiny_folder, tmp_path / "a", **rac(side), rounds=9, sampler={"count": 2}, adapter={"r": 4}, evaluate=[],
-            checkpoint={"keep": 99},
+            tiny_folder, tmp_path / "a", **rac(side), rounds=9, sampler={"count": 2}, adapter={"r": 4, "alpha": 12},
+            evaluate=[], checkpoint={"keep": 99},
         )  # fmt: skip
     checkpoints, dense = Checkpoints(result.folder / "checkpoints", 99), 0
     for passed in seen:
