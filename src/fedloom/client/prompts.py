@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from fedloom.client.cached import by_products
 from fedloom.types import DataError
+
+ROOM = 64
+"""Tokens for which a cache has room ahead, so that it is copied once for so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,37 @@ class Batch:
         return Batch(tokens, mask[:, empty:], positions, self.cache)
 
 
+class _Roomy(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache that is not copied for every token."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens; see `DynamicLayer.update`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, seen: Tensor, new: Tensor) -> Tensor:
+        start = seen.shape[-2] if seen.numel() else 0
+        end = start + new.shape[-2]
+        room, view = self._rooms.get(name, (new, None))
+        if view is not seen or end > room.shape[-2]:  # the rows are others than before, or there is no room left
+            room = new.new_empty(*new.shape[:2], end + ROOM, new.shape[-1])
+            room[:, :, :start] = seen if start else room[:, :, :0]
+        room[:, :, start:end] = new
+        view = room[:, :, :end]
+        self._rooms[name] = (room, view)
+        return view
+
+
 def _stacked(a: Tensor, b: Tensor, width: int) -> Tensor:
     """Return the rows of two (rows, heads, cached, d), both cut or padded on the left to `width`."""
     out = a.new_zeros(len(a) + len(b), a.shape[1], width, a.shape[3])
@@ -102,11 +138,12 @@ def by_length(ids: Sequence[Sequence[int]]) -> list[int]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put every module in evaluation mode, and afterwards back in the mode of its own."""
+    """Put every module in evaluation mode with attention made for caches; afterwards all is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with by_products(model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -117,7 +154,7 @@ def plain(cache: DynamicCache) -> bool:
 
     Sliding windows and recurrent layers count places in the cache, so that padding must come first and nowhere else.
     """
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, _Roomy) for layer in cache.layers)
 
 
 def beginning(model: PreTrainedModel, ids: Sequence[Sequence[int]], most: int | None = None) -> DynamicCache:
@@ -127,6 +164,8 @@ def beginning(model: PreTrainedModel, ids: Sequence[Sequence[int]], most: int | 
         most: tokens that it may have; None: all but one of the shortest prompt.
     """
     cache = DynamicCache(config=model.config)
+    if plain(cache):
+        cache.layers = [_Roomy() for _ in cache.layers]
     length = _shared(ids) if plain(cache) and len(ids) > 1 else 0
     length = length if most is None else min(length, most)
     if length:
