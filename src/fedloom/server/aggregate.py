@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class Aggregator(Part, family=True):
     the result holds as scalars how many `clients` there were and their summed `weight`; what must outlive the round
     goes into group `aggregator`.
     """
+
+    remembers: ClassVar[bool] = False
+    """Whether it compares with earlier rounds, so that the weights must stay in one basis."""
 
     def conflicts(self, clients: int) -> Iterable[str]:
         """Yield why it cannot combine the updates of so many clients, one sentence each."""

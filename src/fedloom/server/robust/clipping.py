@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -58,6 +59,8 @@ class NormBound(Robust, name="norm-bound"):
 
 class CenteredClipping(Robust, name="centered-clipping"):
     """The last result, moved by the mean of what the updates differ from it, each cut to a length."""
+
+    remembers: ClassVar[bool] = True
 
     tau: PositiveFloat = 1.0
     """Largest distance from the centre that counts in full."""

@@ -16,6 +16,7 @@ one direction) all count the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ ROUNDING = 1e-12
 
 class FoolsGold(Chooser, name="foolsgold"):
     """The mean, in which clients of similar histories share one voice."""
+
+    remembers: ClassVar[bool] = True
 
     def choose(self, held: Sequence[ClientUpdate], around: Around) -> Choice:
         names = [update.client for update in held]
