@@ -18,8 +18,12 @@ from fedloom.algorithms.fedsvd import FedSvd
 from fedloom.algorithms.ffa import FfaLora
 from fedloom.algorithms.halves import half
 from fedloom.algorithms.rolora import RoLora
-from fedloom.server.aggregate import Around, Mean
+from fedloom.server.aggregate import Aggregator, Around, Mean
 from fedloom.server.optim import FedAdam, FedAvgM
+from fedloom.server.robust.clipping import CenteredClipping, NormBound
+from fedloom.server.robust.coordinates import Median
+from fedloom.server.robust.foolsgold import FoolsGold
+from fedloom.server.robust.krum import Krum
 from fedloom.types import Bundle, ClientUpdate, Fit, Message, Score, Tensors
 
 RANK = 3
@@ -182,6 +186,25 @@ def test_rolora_keeps_a_server_state_for_each_factor() -> None:
     assert set(both.state.slots) == {
         f"{slot}:{factor}" for slot in ("server_optimizer", "aggregator") for factor in ("lora_A", "lora_B")
     }
+
+
+@pytest.mark.parametrize("algorithm", [FfaLora(), RoLora(), FedSaLora()])
+@pytest.mark.parametrize("rule", [Krum(f=0), Median(), CenteredClipping(), FoolsGold(), NormBound()])
+def test_robust_rules_see_the_factor_that_moved(algorithm: Algorithm, rule: Aggregator) -> None:
+    """Each factor's history is its own: as two federations that take every other round."""
+    found = begun(algorithm, aggregator=rule)
+    history: dict[str, Bundle] = {}
+    for round_ in range(4):
+        before = found.state.params
+        found.round()
+        moved = next(iter(names(found.updates[0].message))).rpartition(".")[2]
+        around = replace(
+            found.algorithm.around(found.server, found.state), params=before, kept=history.get(moved, Bundle())
+        )
+        combined = rule.combine(found.updates, replace(around, stream=found.server.stream(round_, "aggregator")))
+        history[moved] = combined.groups.get("aggregator", Bundle())
+        for name, t in combined.groups["params"].tensors.items():
+            torch.testing.assert_close(found.state.params[name], before[name] + t, rtol=0, atol=1e-12)
 
 
 def test_rolora_with_one_client_is_alternating_training() -> None:

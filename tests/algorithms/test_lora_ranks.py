@@ -20,8 +20,12 @@ from fedloom.algorithms.flora import Flora
 from fedloom.algorithms.hetlora import HetLora
 from fedloom.algorithms.hlora import HLora
 from fedloom.factors import Factors
-from fedloom.server.aggregate import Around, Mean
+from fedloom.server.aggregate import Aggregator, Around, Mean
 from fedloom.server.optim import FedAvgM
+from fedloom.server.robust.clipping import CenteredClipping, NormBound
+from fedloom.server.robust.coordinates import Median
+from fedloom.server.robust.foolsgold import FoolsGold
+from fedloom.server.robust.krum import Krum
 from fedloom.types import Bundle, ClientUpdate, Fit, Message, Tensors
 
 SIZES = {"a": 2, "b": 3, "c": 5}
@@ -158,6 +162,23 @@ def test_the_aggregator_gets_changes_of_one_shape() -> None:
             torch.testing.assert_close(ended[f"{m}.lora_A"], ratio * padded.a, rtol=0, atol=1e-12)
             torch.testing.assert_close(ended[f"{m}.lora_B"], ratio * padded.b, rtol=0, atol=1e-12)
         assert update.weight == pytest.approx(_norm(own), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule", [Krum(f=0, distance="product"), Median(), CenteredClipping(), FoolsGold(), NormBound()]
+)
+def test_hetlora_goes_with_robust_rules(rule: Aggregator) -> None:
+    found = mixed(STILL, aggregator=rule)
+    for _ in range(3):
+        found.round()
+    if isinstance(rule, Krum):
+        assert any(
+            torch.allclose(
+                found.state.params["q.lora_A"][:1], math.sqrt(WHOLE / len(p["q.lora_A"])) * p["q.lora_A"][:1]
+            )
+            for p in found.ended.values()
+        )
+    assert all(bool(torch.isfinite(t).all()) for t in found.state.params.values())
 
 
 def test_the_order_of_the_clients_does_not_matter() -> None:

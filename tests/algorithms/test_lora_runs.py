@@ -240,6 +240,24 @@ def test_fedsvd_sends_an_orthonormal_a(tiny_folder: Path, tmp_path: Path) -> Non
                 ("hlora", "the mean product replaces"),
             )
         ],
+        *[
+            (
+                {"algorithm": method, "server": {"aggregator": {"name": "krum", "f": 0, "distance": "product"}}},
+                rf"needs both factors.*algorithm={method} send one of them; set server.aggregator.distance=factors",
+            )
+            for method in ("ffa-lora", "rolora", "fedsa-lora", "fedsvd")
+        ],
+        *[
+            (
+                {"algorithm": "fedsvd", "server": {"aggregator": rule}},
+                f"{rule} compares updates with earlier ones",
+            )
+            for rule in ("foolsgold", "centered-clipping")
+        ],
+        *[
+            ({"algorithm": method, "server": {"aggregator": "median"}}, f"median: algorithm={method} combines")
+            for method in ("lora-fair", "lora-fair-sgd", "hlora")
+        ],
         ({"algorithm": "fedsvd", "server": {"lr": 0.5}}, "set server.optimizer=sgd and server.lr=1"),
         ({"algorithm": {"name": "hetlora", "gamma": 1.0}}, "algorithm.gamma: should be less than 1"),
         ({"algorithm": {"name": "hetlora", "gamma": 0.0}}, "algorithm.gamma: should be greater than 0"),

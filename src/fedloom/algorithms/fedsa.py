@@ -13,15 +13,18 @@ Differs from the paper in: no classifier head. One client alone is local trainin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom import tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.halves import change, half
+from fedloom.algorithms.halves import change, half, product_problems
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 OWN = "own_b"
 """Name of the memory group that holds a client's B."""
@@ -32,6 +35,9 @@ class FedSaLora(FedAvg, name="fedsa-lora"):
 
     needs_lora: ClassVar[bool] = True
     personal: ClassVar[bool] = True
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        yield from product_problems(self.part_name, recipe)
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         return Message({"params": Bundle(half(state.params, "lora_A"))})

@@ -10,19 +10,23 @@ order in which the update needs them: the row space stays that of the first A.
 On the wire: down b r (d_in + d_out) a layer, up b r d_out.
 
 Differs from the paper in: the first A is made orthonormal too; the SVD is that of thin factors; all of A and B are sent
-every round. A rule that remembers updates of earlier rounds meets them in another basis.
+every round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom import factors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.halves import applied, change, half, moves
+from fedloom.algorithms.halves import applied, change, half, moves, product_problems
 from fedloom.types import ClientUpdate, Memory, Message, ServerState, Steps, Tensors
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 
 class FedSvd(FedAvg, name="fedsvd"):
@@ -30,6 +34,15 @@ class FedSvd(FedAvg, name="fedsvd"):
 
     needs_lora: ClassVar[bool] = True
     own_step: ClassVar[str] = "the basis of B is another one in every round"
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        yield from product_problems(self.part_name, recipe)
+        if recipe.server.aggregator.remembers:
+            yield (
+                f"server.aggregator={recipe.server.aggregator.part_name} compares updates with earlier ones, and "
+                f"{self.own_step} of algorithm=fedsvd; set server.aggregator to one that does not, or "
+                "algorithm=ffa-lora"
+            )
 
     def init(self, params: Tensors) -> ServerState:
         return ServerState(0, _orthonormal(params))

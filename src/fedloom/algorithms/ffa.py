@@ -13,19 +13,26 @@ Differs from the paper in: the optimiser is that of the recipe.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.halves import applied, change, half, moves
+from fedloom.algorithms.halves import applied, change, half, moves, product_problems
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 
 class FfaLora(FedAvg, name="ffa-lora"):
     """FedAvg of B on a frozen A."""
 
     needs_lora: ClassVar[bool] = True
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        yield from product_problems(self.part_name, recipe)
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         return Message({"params": Bundle(half(state.params, "lora_B"))})

@@ -16,14 +16,18 @@ Differs from the paper in: nothing known; the optimiser is built afresh every ro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.halves import Factor, applied, change, half, moves
+from fedloom.algorithms.halves import Factor, applied, change, half, moves, product_problems
 from fedloom.server.aggregate import Around
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 KEPT = ("server_optimizer", "aggregator")
 """Slots of which each factor has its own."""
@@ -34,6 +38,9 @@ class RoLora(FedAvg, name="rolora"):
 
     needs_lora: ClassVar[bool] = True
     tells_missed: ClassVar[bool] = True
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        yield from product_problems(self.part_name, recipe)
 
     @staticmethod
     def moving(round_: int) -> Factor:
