@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
-from fedloom.evaluate.items import Scored, over_adapters
+from fedloom.evaluate.items import Scored, found, over_adapters
 from fedloom.types import DataError, Tensors, suggest
 
 _OFFLINE = (OSError, ConnectionError, ValueError, KeyError)
@@ -62,6 +62,7 @@ class LmEval(Evaluator, name="lm_eval"):
 
     def evaluate(self, view: View) -> Evaluation:
         missing: dict[str, str] = {}
+        known = catalogue(self)
 
         def score(adapter: Tensors | None) -> Scored:
             metrics: dict[str, float] = {}
@@ -70,13 +71,13 @@ class LmEval(Evaluator, name="lm_eval"):
             for task in self.tasks:
                 with view.model(adapter) as (model, tokenizer):
                     try:
-                        found = run(self, task, model, tokenizer)
+                        result = run(self, task, known, model, tokenizer)
                     except _OFFLINE as error:
                         missing[task] = f"{task}: its data cannot be had here ({type(error).__name__}: {error})"
                         continue
-                metrics |= _metrics(found["results"])
-                samples += _samples(found["samples"])
-                first.append(_first(found["results"].get(task, {}), metrics))
+                metrics |= _metrics(result["results"])
+                samples += _samples(result["samples"])
+                first.append(_first(result["results"].get(task, {}), metrics))
             return ({"mean": float(np.mean(first)), **metrics} if first else {}), samples
 
         whole = over_adapters(view, score, {"engine": "lm-eval", "lm_eval": version("lm-eval")})
@@ -85,23 +86,37 @@ class LmEval(Evaluator, name="lm_eval"):
         )
 
 
-def run(asked: LmEval, task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
-    """Return the harness's own result of one task.
+def catalogue(asked: LmEval) -> Any:
+    """Return the harness's manager of the tasks asked for.
 
     Raises:
-        DataError: there is no such task.
+        DataError: there is no such task, or no such folder.
     """
+    from lm_eval.tasks import TaskManager
+
+    folder = None if asked.include is None else str(found("lm_eval", asked.include))
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(asked.tasks) <= set(own.all_tasks):
+            return own  # to index the harness's own thousands takes long
+    every = TaskManager(include_path=folder)
+    for task in asked.tasks:
+        if task not in every.all_tasks:
+            near = suggest(task, every.all_tasks)
+            raise DataError(f"lm-evaluation-harness has no task named {task!r}{near} ({len(every.all_tasks)} known)")
+    return every
+
+
+def run(
+    asked: LmEval, task: str, known: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Mapping[str, Any]:
+    """Return the harness's own result of one task of `known`, the `catalogue`."""
     with untouched(model):
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=None if asked.include is None else str(asked.include.expanduser()))
-        if task not in manager.all_tasks:
-            near = suggest(task, manager.all_tasks)
-            raise DataError(f"lm-evaluation-harness has no task named {task!r}{near} ({len(manager.all_tasks)} known)")
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch_rows, device=str(model.device))
-        found = evaluator.simple_evaluate(
+        result = evaluator.simple_evaluate(
             model=wrapped,
             tasks=[task],
             num_fewshot=asked.shots,
@@ -109,13 +124,13 @@ def run(asked: LmEval, task: str, model: PreTrainedModel, tokenizer: PreTrainedT
             bootstrap_iters=0,  # intervals are ours
             apply_chat_template=asked.chat,
             log_samples=True,
-            task_manager=manager,
+            task_manager=known,
         )
-    if found is None:
+    if result is None:
         raise DataError(
             f"lm-evaluation-harness returned nothing for task {task!r}; is this process not the first rank?"
         )
-    return dict(found)
+    return dict(result)
 
 
 @contextmanager
@@ -145,13 +160,13 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return `<task>/<metric>` -> value of a result, without standard errors and names."""
-    found = {}
+    metrics = {}
     for task, values in results.items():
         for key, value in values.items():
             metric, _, rule = key.partition(",")
             if isinstance(value, int | float) and rule and not metric.endswith("_stderr"):
-                found[f"{task}/{metric}" if rule == "none" else f"{task}/{key}"] = float(value)
-    return found
+                metrics[f"{task}/{metric}" if rule == "none" else f"{task}/{key}"] = float(value)
+    return metrics
 
 
 def _first(values: Mapping[str, Any], metrics: Mapping[str, float]) -> float:
