@@ -61,7 +61,7 @@ class ServerState:
         params: the global trainable tensors (empty for a method without a global adapter).
         slots: further named groups, such as control variates or the state of a server optimiser.
         base: the base log, what was merged into the base weights so far, oldest first (`baselog`).
-        seen: client -> finished rounds when it last replied, kept for algorithms that tell clients what they missed.
+        seen: client -> the round of its last update that was taken, for algorithms that tell clients what they missed.
     """
 
     round: int
@@ -101,7 +101,7 @@ class Fit:
 
     Attributes:
         start: values of all trainable tensors before the first step.
-        trainable: which names move; None means all that the adapter trains. The others stay bit for bit what `start` says.
+        trainable: which names move; None: all that the adapter trains. The others stay bit for bit what `start` says.
         penalty: added to the loss of every optimiser step.
         correct: see `Correction`.
         order: `first`: gradients by backpropagation. `zeroth`: each step's gradient is
