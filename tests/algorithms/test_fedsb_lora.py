@@ -112,7 +112,7 @@ def test_prepare_finds_the_gradient_of_the_resident_weights(tiny_folder: Path, t
     from fedloom.client import fit
 
     after = fit.score(stage.bench, rows, state.params).scalars
-    assert after["nll"] / after["tokens"] < float(loss) - 1e-3
+    assert after["nll"] / after["tokens"] < loss.item() - 1e-3
 
 
 @pytest.mark.parametrize("changes", [SB, RANDOM])
