@@ -273,6 +273,15 @@ def test_the_exported_adapter_is_a_plain_one(tiny_folder: Path, tmp_path: Path) 
             torch.testing.assert_close(opened.loaded.model(IDS).logits, ours(IDS).logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["median", "foolsgold", "krum"])
+def test_robust_rules_see_r_alone(tiny_folder: Path, tmp_path: Path, rule: str) -> None:
+    changes = {**RANDOM, "data": {"clients": 5, "partition": "iid"}, "server": {"aggregator": rule}}
+    result = run(tiny_folder, tmp_path / "a", **changes, checkpoint={"keep": 9}, evaluate=[])
+    zero, two = states(result, 0, 2)
+    assert same(frozen(zero.params), frozen(two.params))
+    assert all(two.params[name].any() for name in two.params)
+
+
 def test_what_is_counted_as_trainable(tiny_folder: Path, tmp_path: Path) -> None:
     result = run(tiny_folder, tmp_path / "a", **RANDOM, rounds=1, evaluate=[])
     assert result.summary["trainable_parameters"] == 14 * 16

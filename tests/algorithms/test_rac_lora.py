@@ -212,10 +212,20 @@ def test_the_fixed_factor_does_not_move(tiny_folder: Path, tmp_path: Path, monke
     assert not any(torch.equal(first[n], second[n]) for n in first)
 
 
+def test_a_robust_rule_combines_the_trained_factor(tiny_folder: Path, tmp_path: Path) -> None:
+    with watched() as seen:
+        result = run(tiny_folder, tmp_path / "a", **rac("B"), server={"aggregator": "median"}, rounds=1, evaluate=[])
+    (merge,) = Checkpoints(result.folder / "checkpoints", 9).load(1)[0].base
+    for name in (name for name in merge.tensors if name.endswith("lora_B")):
+        sent = torch.stack([passed.up.groups["params"].tensors[name] for passed in seen])
+        torch.testing.assert_close(merge.tensors[name], 2 * sent.median(0).values, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"server": {"lr": 0.5}}, "the block is merged into the base.*server.lr=1"),
+        ({"server": {"aggregator": "foolsgold"}}, "foolsgold compares with earlier rounds.*rule without memory"),
         ({"adapter": {"ranks": [1, 2]}}, "rac-lora needs one rank at all clients"),
         ({"init": "somewhere"}, "begins every round with a fresh block.*--to merged"),
         ({"algorithm": {"trains": "C"}}, "algorithm.trains"),

@@ -57,6 +57,12 @@ class RacLora(FedAvg, name="rac-lora"):
                 f"init={recipe.init}: algorithm=rac-lora begins every round with a fresh block, so the adapter would "
                 "be lost; export it with --to merged, set model.name to that folder and remove init"
             )
+        if recipe.server.aggregator.remembers:
+            yield (
+                f"server.aggregator={recipe.server.aggregator.part_name} compares with earlier rounds, but the fixed "
+                "factor of algorithm=rac-lora is another one in every round; set server.aggregator=mean, or a rule "
+                "without memory such as median"
+            )
 
     def block(self, drawn: Tensors, seed: float) -> dict[str, Tensor]:
         """Return the adapter with which a round begins; its product is zero.
