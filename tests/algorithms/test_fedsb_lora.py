@@ -294,6 +294,10 @@ def test_what_is_counted_as_trainable(tiny_folder: Path, tmp_path: Path) -> None
         ({**SB, "algorithm": "fedavg"}, "frozen factors, which algorithm=fedavg would send.*algorithm=fed-sb, or"),
         ({**SB, "algorithm": "flexlora"}, "works on LoRA factors, which adapter=lora-sb has not"),
         ({**SB, "data": {"public": None}}, "set data.public.*algorithm.start=random"),
+        (
+            {**SB, "server": {"aggregator": {"name": "krum", "distance": "product"}}},
+            "is what distances of R are already.*distance=factors",
+        ),
         ({**SB, "init": "somewhere"}, "makes its own factors; remove init"),
         ({**SB, "compare": ["local"]}, "compare: local would train the factors.*compare=\\[\\]"),
         ({**SB, "algorithm": {"name": "fed-sb", "examples": 0}}, "algorithm.examples"),

@@ -226,6 +226,7 @@ def test_a_robust_rule_combines_the_trained_factor(tiny_folder: Path, tmp_path: 
     [
         ({"server": {"lr": 0.5}}, "the block is merged into the base.*server.lr=1"),
         ({"server": {"aggregator": "foolsgold"}}, "foolsgold compares with earlier rounds.*rule without memory"),
+        ({"server": {"aggregator": {"name": "krum", "distance": "product"}}}, "distance=product needs both factors"),
         ({"adapter": {"ranks": [1, 2]}}, "rac-lora needs one rank at all clients"),
         ({"init": "somewhere"}, "begins every round with a fresh block.*--to merged"),
         ({"algorithm": {"trains": "C"}}, "algorithm.trains"),

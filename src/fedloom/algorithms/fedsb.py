@@ -66,6 +66,11 @@ class FedSb(FedAvg, name="fed-sb"):
                 "algorithm=fed-sb takes its factors from the gradient on rows of the server; set data.public to their "
                 "number, such as 32, or algorithm.start=random"
             )
+        if recipe.server.aggregator.products:
+            yield (
+                "server.aggregator.distance=product is what distances of R are already, as A and B of algorithm=fed-sb "
+                "are orthonormal; set server.aggregator.distance=factors"
+            )
         if recipe.init is not None:
             yield f"init={recipe.init}: algorithm=fed-sb makes its own factors; remove init"
         if recipe.compare:

@@ -29,6 +29,7 @@ from torch import Tensor
 from fedloom import baselog, factors, tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.halves import product_problems
 from fedloom.factors import Scale
 from fedloom.server.aggregate import Around
 from fedloom.types import Bundle, ClientUpdate, Memory, Merge, Message, ServerState, Split, Steps, Tensors, done
@@ -57,6 +58,7 @@ class RacLora(FedAvg, name="rac-lora"):
                 f"init={recipe.init}: algorithm=rac-lora begins every round with a fresh block, so the adapter would "
                 "be lost; export it with --to merged, set model.name to that folder and remove init"
             )
+        yield from product_problems(self.part_name, recipe)
         if recipe.server.aggregator.remembers:
             yield (
                 f"server.aggregator={recipe.server.aggregator.part_name} compares with earlier rounds, but the fixed "
