@@ -140,6 +140,8 @@ def test_truthfulqa_by_hand() -> None:
     part = TruthfulQa()
     logs = [math.log(p) for p in (0.2, 0.1, 0.1)]
     assert part.scores([question], [likely(*logs)]) == {"mc1": 1.0, "mc2": pytest.approx(0.75)}
+    logs = [math.log(p) for p in (0.2, 0.5, 0.1)]  # another true answer may be likelier
+    assert part.scores([question], [likely(*logs)]) == {"mc1": 1.0, "mc2": pytest.approx(7 / 8)}
     logs = [math.log(p) for p in (0.1, 0.5, 0.2)]  # the best answer itself must be the likelier one
     assert part.scores([question], [likely(*logs)]) == {"mc1": 0.0, "mc2": pytest.approx(0.75)}
     assert part.scores([question], [likely(-2000.0, -2000.0, -2000.0)])["mc2"] == pytest.approx(2 / 3)
