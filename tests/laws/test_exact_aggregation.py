@@ -15,7 +15,7 @@ from torch import Tensor
 from fedloom import baselog, factors
 from fedloom.checkpoint import Checkpoints
 from fedloom.client.peft_files import load_peft
-from fedloom.types import ServerState
+from fedloom.types import RecipeError, ServerState
 
 EXACT = ["flora", "fedex", "flexlora"]
 FP64 = {"model": {"dtype": "fp64"}}
@@ -156,6 +156,14 @@ def test_flexlora_keeps_a_lone_clients_product(tiny_folder: Path, tmp_path: Path
     for module in a:
         torch.testing.assert_close(a[module].product(), b[module].product(), rtol=0, atol=1e-12)
     assert not same(adapter(plain), adapter(flex))
+
+
+def test_what_would_be_lost_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="begins every round with a fresh adapter, so the given one would be lost"):
+        run(tiny_folder, tmp_path / "a", algorithm="flora", init=str(tmp_path))
+    clip = [{"name": "clip", "norm": 1.0}]
+    with pytest.raises(RecipeError, match="transforms act on changes, but with algorithm=dec-lora"):
+        run(tiny_folder, tmp_path / "b", algorithm="dec-lora", transforms=clip)
 
 
 def _watch(algorithm: str) -> Any:

@@ -60,6 +60,8 @@ class DecLora(FedAvg, name="dec-lora"):
     """Who talks to whom."""
 
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        for knob in (key for key in ("transforms", "attacks") if getattr(recipe, key)):
+            yield f"{knob} act on changes, but with algorithm=dec-lora clients send whole adapters; set {knob}=[]"
         names, data = [f"client-{i + 1}" for i in range(recipe.data.clients)], recipe.data
         with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
             cohorts = (recipe.sampler.cohort(t, names, recipe.seed) for t in range(min(recipe.rounds, LOOKED_AT)))

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom import baselog, tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.stacking import combined_stack, stack_of
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors, done
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 
 class Flora(FedAvg, name="flora"):
@@ -33,6 +36,13 @@ class Flora(FedAvg, name="flora"):
     tells_missed: ClassVar[bool] = True
     own_combine: ClassVar[str] = "factors are stacked, not averaged"
     own_step: ClassVar[str] = "the stack is merged into the base"
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        if recipe.init is not None:
+            yield (
+                "init: algorithm=flora begins every round with a fresh adapter, so the given one would be lost; merge it "
+                "into the model first (fedloom export --to merged), or use another algorithm"
+            )
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
         return Message(self.news(state, client))
