@@ -40,8 +40,8 @@ class Flora(FedAvg, name="flora"):
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
         if recipe.init is not None:
             yield (
-                "init: algorithm=flora begins every round with a fresh adapter, so the given one would be lost; merge it "
-                "into the model first (fedloom export --to merged), or use another algorithm"
+                "init: algorithm=flora begins every round with a fresh adapter, so the given one would be lost; merge "
+                "it into the model first (fedloom export --to merged), or use another algorithm"
             )
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
