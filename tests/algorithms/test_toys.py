@@ -139,7 +139,7 @@ def test_weights_are_example_counts_or_one() -> None:
 
 
 def test_scaffold_variants_say_where_the_correction_enters() -> None:
-    client = Client("a", 0, {}, 3, 1.0, {})
+    client = Client("a", 0, {}, 3, 1.0, {}, lambda round_: {})
     message = Message({"params": Bundle({"w": torch.zeros(2)}), "control": Bundle({"w": torch.ones(2)})})
     for variant, where in (("sgd_exact", "gradient"), ("grad_side", "gradient"), ("post_step_adamw", "weights")):
         effect = next(Scaffold(variant=variant).train(client, message))
