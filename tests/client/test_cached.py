@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedloom.client import cached
 from fedloom.client.cached import by_products
-from fedloom.client.prompts import _Roomy
+from fedloom.client.prompts import _Roomy, evaluating
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -84,3 +84,19 @@ def test_a_roomy_layer_holds_what_a_growing_one_does(monkeypatch: pytest.MonkeyP
         if step == 5:  # a row leaves
             layer.keys, layer.values, seen = layer.keys[1:], layer.values[1:], seen[1:]
         assert layer.get_seq_length() == seen.shape[2]
+
+
+def test_the_head_gets_its_rows_side_by_side_and_keeps_no_hook() -> None:
+    model, seen = tiny_model(), []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    ids = torch.arange(24).view(3, 8) + 5
+    with torch.inference_mode():
+        model(input_ids=ids, logits_to_keep=1)
+        hook.remove()
+        before = len(model.lm_head._forward_pre_hooks)
+        with evaluating(model):
+            hook = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+            model(input_ids=ids, logits_to_keep=1)
+            hook.remove()
+    assert seen == [False, True]
+    assert len(model.lm_head._forward_pre_hooks) == before

@@ -140,11 +140,17 @@ def by_length(ids: Sequence[Sequence[int]]) -> list[int]:
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put every module in evaluation mode with attention made for caches; afterwards all is as it was."""
     training = [module for module in model.modules() if module.training]
+    # the last tokens of a batch do not lie side by side, and torch would multiply them by a copy of the head for each
+    # row, since it folds the rows of such a batch for trainable heads alone
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])) if head else None
     model.eval()
     try:
         with by_products(model):
             yield
     finally:
+        if hook:
+            hook.remove()
         for module in training:
             module.training = True
 
