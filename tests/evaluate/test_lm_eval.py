@@ -223,3 +223,18 @@ def test_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'fedloom\[eval\]'"):
         recipes.load({"evaluate": [{"name": "lm_eval", "tasks": ["arc_easy"]}]})
+
+
+@pytest.mark.bundled
+@pytest.mark.data
+def test_log_likelihoods_of_the_bundled_model_agree() -> None:
+    from fedloom.client.models import Model, load_model
+
+    loaded = load_model(Model(name="smollm2-135m", dtype="fp32", device="cpu").resolved(), lambda text: None)
+    questions = Mmlu(limit=10, shots=0).questions("test", 0)
+    pairs = [(q.context, choice) for q in questions for choice in q.choices]
+    wrapped = harness(loaded.model, loaded.tokenizer, batch=4)
+    theirs = wrapped.loglikelihood(asked("loglikelihood", pairs), disable_tqdm=True)
+    for one, (logprob, greedy) in zip(likelihoods(loaded.model, loaded.tokenizer, pairs), theirs, strict=True):
+        assert one.logprob == pytest.approx(logprob, abs=1e-4)
+        assert one.greedy == greedy
