@@ -166,8 +166,9 @@ def test_intervals_are_those_of_the_samples(tmp_path: Path) -> None:
     def write(path: Path, regime: str, client: str | None, scores: list[float]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            for score in scores:
-                file.write(json.dumps({"regime": regime, "client": client, "score": score}) + "\n")
+            for i, score in enumerate(scores):
+                line = {"regime": regime, "client": client, "id": f"item-{i}", "score": score}
+                file.write(json.dumps(line) + "\n")
 
     write(tmp_path / "samples" / "tasks.jsonl", "federated", None, [1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
     write(tmp_path / "samples" / "tasks.jsonl", "base", None, [0] * 10)

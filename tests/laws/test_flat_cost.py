@@ -40,6 +40,7 @@ class Idle:
 
     def replies(self, round_: int, errands: Errands) -> Iterator[Reply]:
         metrics = {"loss": 1.0, "loss_first": 1.0, "examples": 2.0, "tokens": 9.0, "steps": 1.0, "lr": 0.1}
+        metrics |= {"bytes_down": 1.0, "bytes_up": 1.0, "flops": 1.0}
         for (name,) in errands.chunks(1):
             errand = errands.make(name)
             yield Reply(name, 1.0, self.message, metrics, self.groups, len(errand.message), 0.0)
