@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tests.tiny import tiny_model_folder
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # a shell that starts the tests in the background has them ignore Ctrl-C, which some of them send
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if shared := os.environ.get("FEDLOOM_TEST_HOME"):
         os.environ["FEDLOOM_HOME"] = shared
     elif not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the home of their controller
