@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.algorithms.test_toys import drive
+from tests.algorithms.quadratics import drive
 from tests.bare import bare_server
 from tests.helpers import adapter, lines, run, same, tree
 from tests.messages import payload, watched

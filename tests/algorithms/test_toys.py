@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 import torch
+from tests.algorithms.quadratics import drive
 from tests.bare import bare_around, bare_server
 from torch import Tensor
 
@@ -38,16 +38,6 @@ def federate(algorithm: Algorithm, start: Tensor, clients: Mapping[str, int], so
         combined = drive(algorithm.combine(server, state, updates), None)
         state = drive(algorithm.step(server, state, combined), None)
     return state
-
-
-def drive(steps: Any, answer: Any) -> Any:
-    """Run a coroutine to its end."""
-    sent = None
-    try:
-        while True:
-            sent = answer(steps.send(sent))
-    except StopIteration as stop:
-        return stop.value
 
 
 def sgd(slope: float, target: float, steps: int, lr: float) -> Callable[[Fit], Fitted]:
