@@ -23,7 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.client.adapters import SHARED_INPUTS, Attached
+from fedloom.client.adapters import SHARED_INPUTS
+from fedloom.client.attached import Attached
 from fedloom.client.fit import Job
 from fedloom.client.lora import LoraLinear
 from fedloom.client.quantize import is_linear, shape

@@ -10,8 +10,6 @@ from typing import Any
 import yaml
 
 from fedloom import __version__, baselog
-from fedloom.client.adapters import described
-from fedloom.client.peft_files import save_peft
 from fedloom.home import BUNDLED
 from fedloom.outcome import summed
 from fedloom.recipe import Recipe
@@ -30,15 +28,15 @@ def adapter(run: Path, out: Path, checkpoint: str | None, client: str | None) ->
         ModelError: there is no such adapter.
     """
     opened = reopen(run, checkpoint, client)
-    params, scale = opened.params, opened.attached.scale
+    params = opened.params
     if baselog.is_dense(opened.base):
         raise ModelError(
             f"{run}: {opened.recipe.algorithm.part_name} changed the base weights by more than an adapter can hold; "
             "export the whole model with --to merged"
         )
     if opened.base:
-        params = summed(opened.base, params, scale)
-    save_peft(out, params, described(opened.attached.config, params, scale), base_name(opened.recipe))
+        params = summed(opened.base, params, opened.recipe.adapter.scale)
+    opened.attached.save(out, params, base_name(opened.recipe))
     (out / "README.md").write_text(card(run, opened.recipe, opened.label, "peft"), encoding="utf-8")
 
 

@@ -21,8 +21,6 @@ import torch
 
 from fedloom import baselog, factors
 from fedloom.checkpoint import MemoryStore
-from fedloom.client.adapters import described
-from fedloom.client.peft_files import save_peft
 from fedloom.evaluate.base import Sample
 from fedloom.factors import Scale
 from fedloom.home import BUNDLED
@@ -135,21 +133,21 @@ def export(
     """
     name = assets.loaded.spec.name
     base = BUNDLED[name].hub_id if name in BUNDLED else name
-    config, digest = assets.attached.config, hashlib.sha256()
+    digest = hashlib.sha256()
     for old in ("adapter", "adapters", "merged"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    scale, slots = assets.attached.scale, recipe.algorithm.export(state)
+    slots = recipe.algorithm.export(state)
     if baselog.is_dense(state.base):
         return _write_merged(folder / "merged", assets, state, next(iter(slots.values())))
     if state.base:
-        slots = {slot: summed(state.base, params, scale) for slot, params in slots.items()}
+        slots = {slot: summed(state.base, params, recipe.adapter.scale) for slot, params in slots.items()}
     places: list[tuple[Path, Any]] = [(folder / "adapter", p) for p in slots.values()]
     if recipe.algorithm.personal:
         for client in clients:
             slots = recipe.algorithm.export(state, memories.load(client))
             places += [(folder / "adapters" / client / slot, params) for slot, params in slots.items()]
     for place, params in places:
-        save_peft(place, params, described(config, params, scale), base)
+        assets.attached.save(place, params, base)
         digest.update((place / "adapter_model.safetensors").read_bytes())
     return digest.hexdigest()
 

@@ -9,9 +9,10 @@ import peft
 
 from fedloom import recipe as recipes
 from fedloom.checkpoint import Checkpoints, MemoryStore
-from fedloom.client.adapters import Attached, Lora, check_fit
+from fedloom.client.adapters import Lora
+from fedloom.client.attached import Attached, check_fit
 from fedloom.client.models import Loaded, Model, load_model
-from fedloom.client.peft_files import load_peft, read_peft
+from fedloom.client.peft_files import load_peft
 from fedloom.recipe import Recipe
 from fedloom.types import Merge, ModelError, RecipeError, Tensors
 
@@ -76,9 +77,7 @@ def read_adapter(
             else (f"finish it with: fedloom run --resume {run}, or name a checkpoint with --checkpoint latest")
         )
         raise ModelError(f"{run} holds no {folder.relative_to(run)}; {hint}")
-    if not (recipe.adapter.pairs or recipe.adapter.core):
-        raise ModelError(f"{folder}: adapter={recipe.adapter.part_name} has no LoRA factors to read")
-    return read_peft(folder, recipe.adapter.scale), str(folder.relative_to(run)), ()
+    return recipe.adapter.read(folder), str(folder.relative_to(run)), ()
 
 
 def find_round(run: Path, checkpoints: Checkpoints, name: str) -> int:

@@ -17,11 +17,10 @@ from fedloom import seeds, tensors
 from fedloom.algorithms.base import Server
 from fedloom.attacks import Attack
 from fedloom.checkpoint import Checkpoints, MemoryStore
-from fedloom.client.adapters import Attached, check_fit
+from fedloom.client.attached import Attached, check_fit
 from fedloom.client.compiling import compile_layers
 from fedloom.client.lean import lean
 from fedloom.client.models import Loaded, load_model
-from fedloom.client.peft_files import load_peft
 from fedloom.client.trainer import Bench, Rows
 from fedloom.data import federation
 from fedloom.data.encode import Encoded
@@ -84,7 +83,7 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
         compile_layers(loaded.model)
     initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
     if recipe.init is not None:
-        initial = load_peft(recipe.init, attached.config)
+        initial = attached.read(recipe.init)
         check_fit(initial, attached.shapes())
         initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
     sink.on(Phase(""))

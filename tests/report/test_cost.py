@@ -14,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from fedloom import cost, energy
-from fedloom.client.adapters import Attached, Lora
+from fedloom.client.adapters import Lora
+from fedloom.client.attached import Attached
 from fedloom.client.batches import collate
 from fedloom.client.objectives import Sft
 from fedloom.data.encode import Example

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
+from pathlib import Path
 from statistics import mode
 from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom import baselog, factors, seeds
-from fedloom.client.lora import LoraLinear, Owners, Siblings, Spans
+from fedloom.client.attached import Attached, check_fit
+from fedloom.client.lora import LoraLinear, Owners, Siblings
+from fedloom.client.peft_files import load_peft, read_peft, save_peft
 from fedloom.client.quantize import is_linear
 from fedloom.client.stack import Stack
 from fedloom.factors import Ranks, Scale
@@ -34,18 +37,21 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbouring layers that most decoders call with one input; a call with another input is computed alone."""
 
 
-class Attached:
+class AttachedLora(Attached):
     """The LoRA layers that were put into one resident model, and the way to set their weights.
 
     Attributes:
         layers: live module name -> its layer, in the model's order.
         config: the peft configuration that describes them.
-        owners: whose tokens the layers see.  scale: rank -> what the low-rank product is multiplied by.
+        scale: rank -> what the low-rank product is multiplied by.
     """
+
+    layers: dict[str, LoraLinear]
 
     def __init__(self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig, owners: Owners, scale: Scale) -> None:
         self.layers, self.config, self.owners, self.scale = dict(layers), config, owners, scale
         self.first = next(iter(self.layers.values()))
+        self.drops = config.lora_dropout > 0
         self._log: tuple[Merge, ...] = ()
 
     def rebase(self, log: Sequence[Merge]) -> None:
@@ -62,20 +68,16 @@ class Attached:
                 self.layers[module].shift(*parts)
         self._log = tuple(log)
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return trainable name -> shape: `<module>.lora_A` (r, d_in) and `<module>.lora_B` (d_out, r)."""
-        names = {}
+        names: dict[str, tuple[int, ...]] = {}
         for module, layer in self.layers.items():
             names[f"{module}.lora_A"] = (layer.r, layer.d_in)
             names[f"{module}.lora_B"] = (layer.d_out, layer.r)
         return names
 
-    def moves(self, name: str) -> bool:
-        """Return whether a tensor is trained unless an algorithm says what is."""
-        return True
-
     def check(self, params: Tensors) -> None:
-        """Raise ModelError unless the layers can take an adapter: the names and shapes of `shapes()`, in any ranks."""
+        """Raise ModelError unless the layers can take an adapter: `shapes()`, but every module in a rank of its own."""
         check_fit(params, self.shapes(), any_rank=True)
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32, round_: int | None = None) -> dict[str, Tensor]:
@@ -94,31 +96,10 @@ class Attached:
                 start[name].copy_(a)
         return start
 
-    def load(self, clients: Sequence[Tensors], moving: Callable[[str], bool] | None = None) -> Stack:
-        """Put the weights of K clients into the layers, stacked.
-
-        Args:
-            clients: one name -> tensor map a client, names as in `shapes()`; a client may have a rank of its own,
-                module by module, whose scale is then that of its rank.
-            moving: which names will be trained; None: all.
-
-        Returns:
-            Their tensors in one buffer, on the layers' device, in at least float32.
-
-        Raises:
-            ModelError: names or shapes do not fit this adapter.
-        """
-        for tensors in clients:
-            self.check(tensors)
-        weight = self.first.weight()
-        # in the model's order, whatever the order of the message, as sums such as a norm depend on it
-        ordered = [{name: tensors[name] for name in self.shapes() if name in tensors} for tensors in clients]
-        stack = Stack(ordered, weight.device, torch.promote_types(weight.dtype, torch.float32), moving)
-        self.bind(stack)
-        return stack
+    def like(self) -> Tensor:
+        return self.first.weight()
 
     def bind(self, stack: Stack) -> None:
-        """Let the layers compute with what is in the stack now."""
         for module, layer in self.layers.items():
             layer.a, layer.b = stack.views[f"{module}.lora_A"], stack.views[f"{module}.lora_B"]
             layer.core = stack.views.get(f"{module}.lora_R")
@@ -130,17 +111,7 @@ class Attached:
                 layer.siblings.forget()
 
     @contextmanager
-    def owned(self, tokens: Spans) -> Iterator[None]:
-        """Within the context a pass holds `tokens[k]` tokens of client k, client after client."""
-        self.owners.tokens = tokens
-        try:
-            yield
-        finally:
-            self.owners.tokens = None
-
-    @contextmanager
     def off(self) -> Iterator[None]:
-        """Within the context the model computes as the untouched base."""
         before, log = self.first.enabled, self._log
         self.rebase(())
         for layer in self.layers.values():
@@ -154,7 +125,6 @@ class Attached:
 
     @contextmanager
     def dropout(self, streams: Sequence[torch.Generator]) -> Iterator[None]:
-        """Within the context the layers drop inputs, client k's rows by `streams[k]`; outside they never do."""
         for layer in self.layers.values():
             layer.streams = tuple(streams)
         try:
@@ -164,12 +134,6 @@ class Attached:
                 layer.streams = ()
 
     def merged(self, model: PreTrainedModel, params: Tensors) -> dict[str, Tensor]:
-        """Return the state dict of the plain model with the adapter added to its weights, in the base's dtype.
-
-        Args:
-            model: the resident model that the layers are in.
-            params: the adapter, names as in `shapes()`.
-        """
         self.check(params)
         state = {}
         for name, value in model.state_dict().items():
@@ -180,6 +144,12 @@ class Attached:
             weight = state[f"{module}.weight"]
             state[f"{module}.weight"] = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         return state
+
+    def save(self, folder: Path, params: Tensors, base: str) -> None:
+        save_peft(folder, params, described(self.config, params, self.scale), base)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        return load_peft(folder, self.config)
 
 
 def described(config: peft.LoraConfig, params: Tensors, scale: Scale) -> peft.LoraConfig:
@@ -206,29 +176,6 @@ def _by_ending(ranks: Mapping[str, int], module: str, default: int) -> int:
     return next((rank for ending, rank in ranks.items() if _ends(module, ending)), default)
 
 
-def check_fit(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], any_rank: bool = False) -> None:
-    """Raise ModelError unless `tensors` has the names and shapes of `shapes` (`any_rank`: but for LoRA ranks)."""
-    if any_rank:
-        shapes = {name: _with_rank(name, shape, tensors) for name, shape in shapes.items()}
-    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    wrong = [n for n in shapes if n in tensors and tuple(tensors[n].shape) != tuple(shapes[n])]
-    if not (missing or extra or wrong):
-        return
-    lines = [f"missing {len(missing)}, such as {missing[0]}"] if missing else []
-    lines += [f"unexpected {len(extra)}, such as {extra[0]}"] if extra else []
-    lines += [f"{n} has shape {tuple(tensors[n].shape)}, expected {tuple(shapes[n])}" for n in wrong[:3]]
-    raise ModelError("the adapter's tensors do not fit the model: " + "; ".join(lines))
-
-
-def _with_rank(name: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[int, ...]:
-    """Return the shape with the rank of the tensors' own A."""
-    module, _, factor = name.rpartition(".")
-    a = tensors.get(f"{module}.lora_A")
-    if a is None or a.dim() != 2 or not len(a):
-        return shape
-    return (len(a), shape[1]) if factor == "lora_A" else (shape[0], len(a))
-
-
 class Adapter(Part, family=True):
     """What is trained and exchanged beside the frozen base."""
 
@@ -241,6 +188,14 @@ class Adapter(Part, family=True):
 
     def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
         """Put the adapter's layers into `model`, in place, once; `reference` selects the plain, slower arithmetic."""
+        raise NotImplementedError
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """Read a PEFT folder so that its tensors, under their live names, mean the same in this adapter.
+
+        Raises:
+            ModelError: the folder holds no such adapter.
+        """
         raise NotImplementedError
 
     def lora_ranks(self, attached: Attached, clients: Sequence[str]) -> Ranks | None:
@@ -340,7 +295,7 @@ class Lora(Adapter, name="lora"):
             task_type="CAUSAL_LM",
         )
 
-    def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
+    def attach(self, model: PreTrainedModel, reference: bool = False) -> AttachedLora:
         config, names, owners = self.config(), self.target_modules(model), Owners()
         layers = {}
         for name in names:
@@ -355,7 +310,10 @@ class Lora(Adapter, name="lora"):
                 for layer in group:
                     layer.siblings = together
         config.base_model_name_or_path = model.name_or_path
-        return Attached(layers, config, owners, self.scale)
+        return AttachedLora(layers, config, owners, self.scale)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        return read_peft(folder, self.scale)
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)

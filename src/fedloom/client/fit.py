@@ -228,7 +228,7 @@ def _batches(bench: Bench, jobs: Sequence[Job]) -> list[Batch]:
         cut = [[rows[i : i + size]] for i in range(0, len(rows), size)]
     else:
         cut = passes(steps, bench.trainer.micro_tokens, packed=bench.packed)
-    share = bench.attached.config.lora_dropout == 0  # with dropout, rows differ in what is dropped at their beginning
+    share = not bench.attached.drops  # with dropout, rows differ in what is dropped at their beginning
     return [
         collate(
             [[job.rows[row] for row in chosen] for job, chosen in zip(jobs, one, strict=True)],

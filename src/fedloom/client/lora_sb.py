@@ -7,6 +7,7 @@ the same size in W. R A and B are A and B of an ordinary LoRA adapter of rank r 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -15,17 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedloom import seeds
-from fedloom.client.adapters import Adapter, Attached, Lora, check_fit
+from fedloom.client.adapters import Adapter, AttachedLora, Lora
+from fedloom.client.attached import Attached, check_fit
+from fedloom.client.peft_files import read_peft
 from fedloom.factors import Ranks
 from fedloom.types import ModelError, Tensors
 
 CORE = "lora_R"
 
 
-class AttachedSb(Attached):
+class AttachedSb(AttachedLora):
     """LoRA layers with a core between their factors; they also take plain pairs (A, B), without a core."""
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         cores = {f"{module}.{CORE}": (layer.r, layer.r) for module, layer in self.layers.items()}
         return {**super().shapes(), **cores}
 
@@ -81,6 +84,9 @@ class LoraSb(Adapter, name="lora-sb"):
     def lora_ranks(self, attached: Attached, clients: Sequence[str]) -> Ranks:
         whole = dict.fromkeys(attached.layers, self.r)
         return Ranks(whole, lambda client: whole, self.scale)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        return read_peft(folder, self.scale)
 
     def scale(self, rank: int) -> float:
         return 1.0

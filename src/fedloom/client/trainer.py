@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedModel
 
 from fedloom import seeds
-from fedloom.client.adapters import Attached
+from fedloom.client.attached import Attached
 from fedloom.client.objectives import Objective
 from fedloom.client.optimizers import AdamW, Constant, Optimizer, Schedule
 from fedloom.data.encode import Encoded, Example
