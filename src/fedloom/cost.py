@@ -77,7 +77,7 @@ def of_fit(shapes: Shapes, job: Job) -> float:
     """Return the operations of a client's fit, from the rows of the steps that it took."""
     rows = np.array([row for step in job.steps[: job.taken] for row in step], dtype=np.int64)
     lengths = np.array(job.lengths, dtype=np.int64)[rows]
-    labels = np.array([_labels(job, row) for row in range(len(job.rows))], dtype=np.int64)[rows]
+    labels = np.array(job.rows.labels(), dtype=np.int64)[rows]
     return of_rows(shapes, job.effect, lengths.tolist(), labels.tolist())
 
 
@@ -95,11 +95,6 @@ def of_rows(shapes: Shapes, effect: Fit, lengths: Sequence[int], labels: Sequenc
     if effect.order == "zeroth":
         return 2 * forward
     return forward + 2.0 * tokens * (shapes.through + back) + 8.0 * squares * shapes.back + logits
-
-
-def _labels(job: Job, row: int) -> int:
-    encoded, i = job.rows.encoded, int(job.rows.indices[row])
-    return int(encoded.train[encoded.starts[i] + 1 : encoded.starts[i + 1]].sum())  # nothing predicts the first token
 
 
 def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool] | None) -> tuple[int, int]:

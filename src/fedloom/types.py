@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -96,6 +96,14 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """A question and its answer, as plain text; of a longer dialogue the first of each."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Fit:
     """Ask the runtime to train the client's adapter on the client's own rows.
 
@@ -110,6 +118,12 @@ class Fit:
         epsilon: eps.
         optimizer_state: None: the optimiser is built afresh and forgotten. A bundle: it goes on from this state (empty:
             afresh), and the answer holds the state after the last step.
+        steps: which of the round's optimiser steps are taken, in order; a step may come again, and those from
+            `Client.steps` on are further ones on the rows that follow. None: each of the round's, once.
+        lr: learning rate before the schedule; None: the trainer's.
+        rows: (n,) which of the client's training rows, and of the pairs behind them, are trained on; None: all.
+        pairs: further rows, numbered after the client's own; those longer than `data.max_tokens` are never drawn.
+        weights: (own rows + pairs,) factor of each row's loss (the mean is still over all labels); None: ones.
     """
 
     start: Tensors
@@ -119,6 +133,11 @@ class Fit:
     order: Literal["first", "zeroth"] = "first"
     epsilon: float = 1e-3
     optimizer_state: Bundle | None = None
+    steps: Sequence[int] | None = None
+    lr: float | None = None
+    rows: Tensor | None = None
+    pairs: Sequence[Pair] = ()
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +175,63 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Generate:
-    """Ask the runtime for greedy answers of `params` (None: of the base alone) to rendered prompts."""
+class Losses:
+    """Ask the runtime for the loss of `params` (None: of the base alone) on each row.
+
+    Answered by a bundle of (n,) tensors in float64: `nll` (nats), `tokens` (trained ones), `bytes` (of the answer).
+
+    Attributes:
+        split: of the client's own rows.
+        pairs: these instead of own rows; what is longer than `data.max_tokens` has NaN for `nll`. None: own rows.
+    """
 
     params: Tensors | None
-    prompts: tuple[str, ...]
+    split: Split = "train"
+    pairs: Sequence[Pair] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Ask the runtime for embeddings: last hidden states of questions, each (d,), answered by (n, d) float32.
+
+    Attributes:
+        params: the adapter in the layers; None: the base alone.
+        split: of the client's own rows.
+        prompts: rendered prompts in place of the own rows' questions; None: own rows.
+        pool: `last`: the last token's state; `mean`: the mean over all tokens.
+    """
+
+    params: Tensors | None
+    split: Split = "train"
+    prompts: Sequence[str] | None = None
+    pool: Literal["last", "mean"] = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Ask the runtime for the client's own rows of one split as pairs; they must not leave the client."""
+
+    split: Split = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Ask the runtime for answers of `params` (None: of the base alone) to prompts.
+
+    Attributes:
+        prompts: rendered, or with `questions` what a user asks, which the template makes a prompt.
+        temperature: 0: the most likely token; else what the logits are divided by before one is drawn.
+        top_p: draws from the smallest set of tokens whose probabilities sum to this.
+        purpose: names the random stream of the client and round that draws.
+    """
+
+    params: Tensors | None
+    prompts: Sequence[str]
     max_new_tokens: int = 64
+    questions: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    purpose: str = "generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +242,7 @@ class Gradient:
     examples: int
 
 
-Effect: TypeAlias = Fit | Score | Generate | Gradient
+Effect: TypeAlias = Fit | Score | Losses | Embed | Texts | Generate | Gradient
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Effect, Any, T]
 """A pure coroutine: it yields effects, is sent their answers, and returns a T."""

@@ -28,6 +28,7 @@ from fedloom.data.federation import Federation
 from fedloom.data.poisoned import extended
 from fedloom.data.rows import Row
 from fedloom.data.splits import ClientData
+from fedloom.data.texts import TextDesk
 from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
@@ -108,7 +109,7 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
     if problems := list(recipe.server.aggregator.conflicts(len(cohort))):
         raise RecipeError("; ".join(problems))
     attacks = tuple(attack.on(clients, recipe.seed) for attack in recipe.attacks)
-    encoded, population = _poisoned(recipe, assets, attacks, population)
+    encoded, added, population = _poisoned(recipe, assets, attacks, population)
     bench = Bench(
         assets.loaded.model,
         assets.attached,
@@ -124,7 +125,7 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
         _server(recipe, assets, clients),
         recipe.transforms,
         bench,
-        assets.loaded.tokenizer,
+        TextDesk([*split.rows, *added] if added else split.rows, recipe.data, assets.loaded.tokenizer),
         encoded,
         {**split.clients, **population},
         split.public,
@@ -154,8 +155,8 @@ def _server(recipe: Recipe, assets: Assets, clients: Sequence[str]) -> Server:
 
 def _poisoned(
     recipe: Recipe, assets: Assets, attacks: Iterable[Attack], population: dict[str, ClientData]
-) -> tuple[Encoded, dict[str, ClientData]]:
-    """Return the examples and who trains on what, with the attackers' rows as their attacks want them.
+) -> tuple[Encoded, list[Row], dict[str, ClientData]]:
+    """Return the examples, the added rows, and who trains on what, with the attackers' rows as their attacks want them.
 
     What everybody else has, and the attackers' validation and test rows, stay as they are.
     """
@@ -165,9 +166,13 @@ def _poisoned(
             own = rows.get(client) or [split.rows[k] for k in population[client].train]
             rows[client] = attack.poison(own, seeds.generator(recipe.seed, None, client, f"poison:{i}"))
     if not rows:
-        return split.encoded, population
-    encoded, where = extended(split.encoded, rows, recipe.data, assets.loaded.tokenizer)
-    return encoded, {**population, **{client: replace(population[client], train=new) for client, new in where.items()}}
+        return split.encoded, [], population
+    encoded, added, where = extended(split.encoded, rows, recipe.data, assets.loaded.tokenizer)
+    return (
+        encoded,
+        added,
+        {**population, **{client: replace(population[client], train=new) for client, new in where.items()}},
+    )
 
 
 def _adapter_dtype(loaded: Loaded) -> torch.dtype:
@@ -339,7 +344,7 @@ class World:
 
     def rows(self, client: str) -> Rows:
         """Return a participant's training rows."""
-        return self.engine.rows(client, "train")
+        return self.engine.hands.rows(client, "train")
 
 
 def _join(parts: Iterable[ClientData]) -> ClientData:

@@ -90,7 +90,7 @@ def test_prepare_finds_the_gradient_of_the_resident_weights(tiny_folder: Path, t
     engine, algorithm = Engine(stage), recipe.algorithm
     state = engine.drive(algorithm.prepare(stage.server, algorithm.init(assets.initial)), None, 0)
 
-    plain_model, rows = tiny_model(torch.float64), engine.rows(None, "train")
+    plain_model, rows = tiny_model(torch.float64), engine.hands.rows(None, "train")
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for i in range(len(rows)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -20,12 +20,11 @@ from fedloom.server.optim import ServerOptimizer
 from fedloom.types import (
     Bundle,
     ClientUpdate,
-    Correction,
     Fit,
     Fitted,
+    Losses,
     Memory,
     Message,
-    Penalty,
     Score,
     ServerState,
     Split,
@@ -51,6 +50,7 @@ class Client:
         initial: the adapter that every participant starts from (`init`, or drawn from the seed), in its own ranks.
         draw: round -> a fresh adapter (A random, B zero) that every participant draws alike, in its own ranks.
         lora: what ranks mean; None: the adapter has no LoRA factors.
+        steps: optimiser steps that the trainer gives it in this round.
     """
 
     name: str
@@ -61,18 +61,15 @@ class Client:
     initial: Tensors
     draw: Callable[[int], Tensors]
     lora: Ranks | None = None
+    steps: int = 1
 
-    def fit(
-        self,
-        start: Tensors,
-        *,
-        trainable: Callable[[str], bool] | None = None,
-        penalty: Penalty | None = None,
-        correct: Correction | None = None,
-        optimizer_state: Bundle | None = None,
-    ) -> Steps[Fitted]:
-        """Train on the client's rows, from `start`; see `Fit`."""
-        fitted: Fitted = yield Fit(start, trainable, penalty, correct, optimizer_state=optimizer_state)
+    def fit(self, start: Tensors, **how: Any) -> Steps[Fitted]:
+        """Train on the client's rows, from `start`.
+
+        Args:
+            how: further fields of `Fit`.
+        """
+        fitted: Fitted = yield Fit(start, **how)
         return fitted
 
     def score(self, params: Tensors | None, split: Split) -> Steps[Bundle]:
@@ -80,21 +77,28 @@ class Client:
         sums: Bundle = yield Score(params, split)
         return sums
 
-    def update(self, delta: Tensors, fitted: Fitted, **groups: Bundle) -> ClientUpdate:
+    def losses(self, params: Tensors | None, split: Split) -> Steps[Bundle]:
+        """Return the loss of `params` on each row of `split`; see `Losses`."""
+        found: Bundle = yield Losses(params, split)
+        return found
+
+    def update(self, delta: Tensors, fitted: Fitted, *, also: Iterable[Fitted] = (), **groups: Bundle) -> ClientUpdate:
         """Pack a change of the shared weights, and further groups, as this client's update.
 
         Args:
             delta: trained minus broadcast weights.
             fitted: gives the metrics `loss`, `examples`, `tokens`, `steps`, `lr`.
+            also: what else was trained in this round: its steps, examples and tokens count too.
             groups: further groups of the message.
         """
+        every = [fitted, *also]
         loss = sum(fitted.losses) / max(1, len(fitted.losses))
         metrics = {
             "loss": loss,
             "loss_first": fitted.losses[0] if fitted.losses else float("nan"),
-            "examples": fitted.examples,
-            "tokens": fitted.tokens,
-            "steps": fitted.steps,
+            "examples": sum(one.examples for one in every),
+            "tokens": sum(one.tokens for one in every),
+            "steps": sum(one.steps for one in every),
             "lr": fitted.lr,
         }
         message = Message({"params": Bundle(delta), **groups})
@@ -141,6 +145,10 @@ class Algorithm(Part, family=True):
     """Under which name its results are reported."""
     personal: ClassVar[bool] = False
     """Whether clients end with adapters of their own, kept in their memories."""
+    needs_others: ClassVar[str] = ""
+    """What it does that takes other clients, so that a federation of one is refused; empty: nothing."""
+    enrols: ClassVar[bool] = False
+    """Whether every client has a word with the server before the first round (`enrol`, `admit`)."""
     alone: ClassVar[str] = ""
     """Why its clients must be trained one after another; empty: they need not."""
     needs_lora: ClassVar[bool] = False
@@ -181,6 +189,14 @@ class Algorithm(Part, family=True):
     def init(self, params: Tensors) -> ServerState:
         """Return the state before round 0; `params` is the initial adapter."""
         return ServerState(0, params)
+
+    def enrol(self, client: Client) -> Steps[Message]:
+        """Return what a client tells the server before the first round, if the algorithm `enrols`."""
+        return done(Message())
+
+    def admit(self, server: Server, state: ServerState, told: Mapping[str, Message]) -> Steps[ServerState]:
+        """Return the state before round 0, given what every client told the server."""
+        return done(state)
 
     def prepare(self, server: Server, state: ServerState) -> Steps[ServerState]:
         """Return the state with which a round begins; effects are performed on the server's public rows."""
@@ -230,9 +246,25 @@ class Algorithm(Part, family=True):
             return None
         return tensors.add(groups["params"].tensors, update.message.groups["params"].tensors)
 
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        """Return the adapter that this client would use, given what the server would send it now."""
+        return done(message.groups["params"].tensors)
+
+    def suited(self, client: Client, message: Message, prompts: Sequence[str]) -> Steps[Sequence[Tensors]]:
+        """Return the adapter that this client would use for each rendered prompt; mostly its own for all."""
+        own = yield from self.own(client, message)
+        return [own] * len(prompts)
+
+    def adapt(self, client: Client, message: Message, steps: int) -> Steps[Tensors]:
+        """Return the client's own adapter after some more steps on its own rows, before it is used."""
+        own = yield from self.own(client, message)
+        fitted = yield from client.fit(own, steps=range(steps))
+        return fitted.params
+
     def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
         """Return the loss sums of what this client would use, on its own rows of `split`; only sums leave it."""
-        return (yield from client.score(message.groups["params"].tensors, split))
+        own = yield from self.own(client, message)
+        return (yield from client.score(own, split))
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         """Return the adapters that result, by slot name.

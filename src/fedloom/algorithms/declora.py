@@ -30,7 +30,7 @@ from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.stacking import mean_of
 from fedloom.data.partition import Natural
 from fedloom.graphs import Graph, Ring
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, RecipeError, ServerState, Split, Steps, Tensors, done
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, RecipeError, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     import torch
@@ -120,12 +120,12 @@ class DecLora(FedAvg, name="dec-lora"):
         apart = sum(tensors.norm(tensors.sub(one, mean)) ** 2 for one in sent)
         return done(replace(after, slots={**after.slots, "consensus": Bundle(scalars={"distance": apart})}))
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
         if MEAN in message.groups:
-            return (yield from client.score(message.groups[MEAN].tensors, split))
+            return done(message.groups[MEAN].tensors)
         near = _unpacked(message.groups[PEERS])
         mixed = _mixed(_own(client.memory, client.initial), near, client.initial)
-        return (yield from client.score(mixed, split))
+        return done(mixed)
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         if memory is None:

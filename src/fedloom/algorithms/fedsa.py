@@ -21,7 +21,7 @@ from fedloom import tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.halves import change, half, product_problems
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -58,8 +58,8 @@ class FedSaLora(FedAvg, name="fedsa-lora"):
         # B stays what everybody starts from, for clients that have not trained yet
         return replace(after, params={**state.params, **after.params})
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        return (yield from client.score(self._whole(client, message), split))
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        return done(self._whole(client, message))
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         return {} if memory is None else {"personal": {**state.params, **_own(memory)}}

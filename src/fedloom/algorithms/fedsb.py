@@ -34,7 +34,7 @@ from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client.lora_sb import CORE, cores, frozen, is_core, orthonormal, plain
 from fedloom.server.aggregate import Around
-from fedloom.types import Bundle, ClientUpdate, Gradient, Memory, Message, ServerState, Split, Steps, Tensors
+from fedloom.types import Bundle, ClientUpdate, Gradient, Memory, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -116,9 +116,9 @@ class FedSb(FedAvg, name="fed-sb"):
         after = yield from super().step(server, replace(state, params=cores(state.params)), combined)
         return replace(after, params={**state.params, **after.params})
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
         params = {**self._frozen(client, message), **message.groups["params"].tensors}
-        return (yield from client.score(params, split))
+        return done(params)
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         return {"shared": plain(state.params)}

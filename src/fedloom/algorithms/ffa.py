@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.halves import applied, change, half, moves, product_problems
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -49,8 +49,8 @@ class FfaLora(FedAvg, name="ffa-lora"):
         after = yield from super().step(server, replace(state, params=half(state.params, "lora_B")), combined)
         return replace(after, params={**state.params, **after.params})
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        return (yield from client.score(_whole(client, message), split))
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        return done(_whole(client, message))
 
 
 def _whole(client: Client, message: Message) -> Tensors:

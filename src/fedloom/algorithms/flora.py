@@ -21,7 +21,7 @@ from fedloom import baselog, tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.stacking import combined_stack, stack_of
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors, done
+from fedloom.types import ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -65,5 +65,5 @@ class Flora(FedAvg, name="flora"):
         # with B = 0 it adds nothing to the base
         return done(replace(state, round=after, params=server.draw(after), base=base))
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        return (yield from client.score(client.draw(client.round), split))
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        return done(client.draw(client.round))

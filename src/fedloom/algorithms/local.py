@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from fedloom import tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors, done
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
 
 class Local(Algorithm, name="local"):
@@ -46,8 +46,8 @@ class Local(Algorithm, name="local"):
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
         return done(replace(state, round=state.round + 1))
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        return (yield from client.score(self._own(client.memory, client.initial), split))
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        return done(self._own(client.memory, client.initial))
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         return {} if memory is None else {"local": self._own(memory, state.params)}

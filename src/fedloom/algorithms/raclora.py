@@ -32,7 +32,7 @@ from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.halves import product_problems
 from fedloom.factors import Scale
 from fedloom.server.aggregate import Around
-from fedloom.types import Bundle, ClientUpdate, Memory, Merge, Message, ServerState, Split, Steps, Tensors, done
+from fedloom.types import Bundle, ClientUpdate, Memory, Merge, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -133,8 +133,8 @@ class RacLora(FedAvg, name="rac-lora"):
         # with B = 0 it adds nothing to the base
         return done(replace(state, round=after, params=server.draw(after), slots=slots, base=base))
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        return (yield from client.score(client.draw(client.round), split))
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        return done(client.draw(client.round))
 
     def _seed(self, server: Server, round_: int) -> float:
         return float(torch.randint(2**31, (), generator=server.stream(round_, "rac-lora")))

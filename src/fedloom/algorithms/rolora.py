@@ -24,7 +24,7 @@ from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.halves import Factor, applied, change, half, moves, product_problems
 from fedloom.server.aggregate import Around
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Split, Steps, Tensors
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -71,8 +71,8 @@ class RoLora(FedAvg, name="rolora"):
         slots = {**state.slots, **{f"{name}:{factor}": kept for name, kept in after.slots.items()}}
         return replace(after, params={**state.params, **after.params}, slots=slots)
 
-    def evaluate(self, client: Client, message: Message, split: Split) -> Steps[Bundle]:
-        return (yield from client.score(self._whole(client, message), split))
+    def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        return done(self._whole(client, message))
 
     def _slots(self, state: ServerState) -> dict[str, Bundle]:
         """Return what is kept for the factor that moves."""

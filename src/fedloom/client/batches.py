@@ -82,6 +82,7 @@ class Batch:
         spans: flat positions that each client owns, padding included; they sum to b x t.
         terms: labels of each client; they sum to n.
         positions: (1, t) position of each packed token in its row.  pieces: how a packed row is cut; None: padded.
+        weights: (n,) factor of each label's loss; None: ones.
     """
 
     ids: Tensor
@@ -91,9 +92,11 @@ class Batch:
     terms: tuple[int, ...]
     positions: Tensor | None = None
     pieces: Pieces | None = None
+    weights: Tensor | None = None
 
     def by_client(self, losses: Tensor) -> Tensor:
-        """Return the (K,) sums of (n,) losses over each client's labels."""
+        """Return the (K,) sums of (n,) losses over each client's labels, each times its row's weight."""
+        losses = losses if self.weights is None else losses * self.weights.to(losses.dtype)
         if len(self.terms) == 1:
             return losses.sum()[None]
         return torch.stack([part.sum() for part in losses.split(self.terms)])
@@ -122,7 +125,7 @@ def _padded(clients: Sequence[Sequence[Example]], device: torch.device) -> Batch
     at = where[:, 0] * width + where[:, 1]
     spans = tuple(len(client) * width for client in clients)
     terms = tuple(sum(int(row.train[1:].sum()) for row in client) for client in clients)
-    return Batch(ids.to(device), at.to(device), labels.to(device), spans, terms)
+    return Batch(ids.to(device), at.to(device), labels.to(device), spans, terms, weights=_weights(rows, device))
 
 
 def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: bool) -> Batch:
@@ -158,7 +161,16 @@ def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: b
         tuple(terms),
         torch.cat(positions)[None].to(device),
         Pieces(tuple(pieces)),
+        _weights([row for client in clients for row in client], device),
     )
+
+
+def _weights(rows: Sequence[Example], device: torch.device) -> Tensor | None:
+    """Return the weight of each label of the rows; None: all are one."""
+    if all(row.weight == 1 for row in rows):
+        return None
+    counts = torch.tensor([int(row.train[1:].sum()) for row in rows])
+    return torch.tensor([row.weight for row in rows], dtype=torch.float64).repeat_interleave(counts).to(device)
 
 
 def _pieces(start: int, length: int, before: tuple[int, int]) -> list[Piece]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fedloom import seeds
-from fedloom.client.attention import by_piece
+from fedloom.client.attention import by_piece, states
 from fedloom.client.batches import Batch, collate, passes
 from fedloom.client.checkpointing import checkpointed
 from fedloom.client.stack import Stack
-from fedloom.client.trainer import Bench, Rows, step_rows
+from fedloom.client.trainer import Bench, Rows, chosen_steps, row_stream, step_rows
+from fedloom.data.encode import Example
 from fedloom.types import Bundle, Fit, Fitted, Tensors
 
 SCORE_TOKENS = 4096
@@ -68,10 +69,11 @@ def fit(bench: Bench, jobs: Sequence[Job]) -> list[Fitted]:
     trainer, effect = bench.trainer, jobs[0].effect
     for job in jobs:
         job.lengths = job.rows.lengths()
-        job.steps = step_rows(trainer, job.lengths, bench.seed, job.round, job.client)
-    lr = trainer.lr * trainer.schedule.factor(jobs[0].round, bench.schedule_rounds)
+        job.steps = _steps(bench, job)
+    factor = trainer.schedule.factor(jobs[0].round, bench.schedule_rounds)
+    lrs = [(trainer.lr if job.effect.lr is None else job.effect.lr) * factor for job in jobs]
     stack = bench.attached.load([job.effect.start for job in jobs], effect.trainable or bench.attached.moves)
-    lanes = [_Lane(job, bench, lr, stack, k) for k, job in enumerate(jobs)]
+    lanes = [_Lane(job, bench, lrs[k], stack, k) for k, job in enumerate(jobs)]
     final: dict[str, dict[str, Tensor]] = {}
     states: dict[str, Bundle] = {}
     work = _first_order if effect.order == "first" else _zeroth_order
@@ -89,8 +91,16 @@ def fit(bench: Bench, jobs: Sequence[Job]) -> list[Fitted]:
                 lane.finish_step(bench)
     return [
         Fitted(final[j.client], j.taken, lr, j.examples, j.tokens, tuple(j.losses), tuple(j.slopes), states[j.client])
-        for j in jobs
+        for j, lr in zip(jobs, lrs, strict=True)
     ]
+
+
+def _steps(bench: Bench, job: Job) -> list[list[int]]:
+    if not job.lengths:
+        return []
+    steps = step_rows(bench.trainer, job.lengths, bench.seed, job.round, job.client)
+    taken = (job.round + 1) * sum(map(len, steps))
+    return chosen_steps(steps, job.effect.steps, row_stream(len(job.lengths), bench.seed, job.client, taken))
 
 
 class _Lane:
@@ -257,6 +267,39 @@ def gradient(bench: Bench, rows: Rows, params: Tensors) -> dict[str, Tensor]:
                 losses = bench.objective.losses(bench.model, batch, bench.reference)
                 stack.backward((losses / counts.to(losses.device, losses.dtype)).sum())
     return {name: t.detach().cpu().clone() for name, t in zip(stack.moving, stack.grads(0), strict=True)}
+
+
+@torch.inference_mode()
+def losses(bench: Bench, rows: Rows, params: Tensors | None) -> Bundle:
+    """Return the loss of an adapter (None: of the base alone) on each row, as `Losses` says."""
+    if params is not None:
+        bench.attached.load([params])
+    nll = torch.zeros(len(rows), dtype=torch.float64)
+    with nullcontext() if params is not None else bench.attached.off():
+        for (one,) in passes([list(enumerate(rows.lengths()))], SCORE_TOKENS, packed=bench.packed):
+            # every row a lane of its own: its losses are summed apart, whatever the objective
+            batch = collate([[rows[row]] for row in one], bench.model.device, packed=bench.packed)
+            with bench.attached.owned((batch.ids.numel(),)):
+                nll[one] = bench.objective.losses(bench.model, batch, bench.reference).double().cpu()
+    answered = rows.encoded.answer_bytes[rows.indices]
+    sizes = torch.tensor(rows.labels(), dtype=torch.float64), torch.from_numpy(answered).double()
+    return Bundle({"nll": nll, "tokens": sizes[0], "bytes": sizes[1]})
+
+
+@torch.inference_mode()
+def embeddings(bench: Bench, prompts: Sequence[Sequence[int]], params: Tensors | None, pool: str) -> Tensor:
+    """Return (n, d) float32 last hidden states of prompts' tokens, as `Embed` says."""
+    if params is not None:
+        bench.attached.load([params])
+    found = []
+    with nullcontext() if params is not None else bench.attached.off():
+        for prompt in prompts:
+            ids = torch.tensor(list(prompt), device=bench.model.device)
+            example = Example(ids, torch.ones(len(ids), dtype=torch.bool))
+            hidden = states(bench.model, collate([[example]], bench.model.device, packed=False)).float().cpu()
+            found.append(hidden[-1] if pool == "last" else hidden.mean(0))
+    width = bench.model.config.get_text_config().hidden_size
+    return torch.stack(found) if found else torch.zeros(0, width)
 
 
 @torch.inference_mode()

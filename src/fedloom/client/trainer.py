@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Literal, Self
 
@@ -25,22 +25,30 @@ class Rows:
     """Some of the encoded examples, read when they are needed.
 
     Attributes:
-        encoded: all examples.  indices: (n,) which of them.
+        encoded: all examples.  indices: (n,) which of them.  weights: (n,) factors of their losses; None: ones.
     """
 
     encoded: Encoded
     indices: np.ndarray
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, row: int) -> Example:
-        return self.encoded.example(int(self.indices[row]))
+        example = self.encoded.example(int(self.indices[row]))
+        return example if self.weights is None else replace(example, weight=float(self.weights[row]))
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
         starts = self.encoded.starts
         return (starts[self.indices + 1] - starts[self.indices]).tolist()  # type: ignore[no-any-return]
+
+    def labels(self) -> list[int]:
+        """Return the number of trained tokens of each row."""
+        starts = self.encoded.starts
+        # nothing predicts the first token
+        return [int(self.encoded.train[starts[i] + 1 : starts[i + 1]].sum()) for i in self.indices]
 
     def answer_bytes(self) -> int:
         """Return the UTF-8 bytes of all answers."""
@@ -134,6 +142,20 @@ def row_stream(rows: int, seed: int, client: str, first: int) -> Iterator[int]:
         order = torch.randperm(rows, generator=seeds.generator(seed, epoch, client, "rows")).tolist()
         yield from order[skip:]
         epoch, skip = epoch + 1, 0
+
+
+def chosen_steps(steps: list[list[int]], chosen: Sequence[int] | None, further: Iterator[int]) -> list[list[int]]:
+    """Return the steps of a round that `Fit.steps` asks for.
+
+    Args:
+        steps: those that the round has.
+        further: the rows that follow them, of which steps beyond are made.
+    """
+    if chosen is None:
+        return steps
+    size = max(map(len, steps), default=1)
+    more = [list(islice(further, size)) for _ in range(max(chosen, default=0) + 1 - len(steps))]
+    return [(steps + more)[i] for i in chosen]
 
 
 def step_rows(trainer: Trainer, lengths: Sequence[int], seed: int, round_: int, client: str) -> list[list[int]]:

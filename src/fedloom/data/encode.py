@@ -32,10 +32,12 @@ class Example:
 
     Attributes:
         ids: (t,) int64 token ids.  train: (t,) bool, True where the token is a label.
+        weight: factor of its loss.
     """
 
     ids: Tensor
     train: Tensor
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,27 @@ class Encoded:
         """Return example `i` as tensors of their own."""
         cut = slice(int(self.starts[i]), int(self.starts[i + 1]))
         return Example(torch.from_numpy(self.ids[cut].astype(np.int64)), torch.from_numpy(self.train[cut].copy()))
+
+    def some(self, indices: np.ndarray) -> Encoded:
+        """Return copies of some examples."""
+        cuts = [slice(int(self.starts[i]), int(self.starts[i + 1])) for i in indices]
+        return Encoded(
+            np.concatenate([self.ids[:0], *(self.ids[cut] for cut in cuts)]),
+            np.concatenate([self.train[:0], *(self.train[cut] for cut in cuts)]),
+            np.cumsum([0, *(cut.stop - cut.start for cut in cuts)], dtype=np.int64),
+            self.answer_bytes[indices],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Encoded]) -> Encoded:
+        """Return the examples of several, one after the other."""
+        lengths = np.concatenate([np.diff(one.starts) for one in parts])
+        return Encoded(
+            np.concatenate([one.ids for one in parts]),
+            np.concatenate([one.train for one in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.concatenate([one.answer_bytes for one in parts]),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def extended(
     encoded: Encoded, rows: Mapping[str, Sequence[Row]], data: Data, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Encoded, dict[str, np.ndarray]]:
-    """Return the examples with further ones behind them, and where each owner's are; nothing is cached.
+) -> tuple[Encoded, list[Row], dict[str, np.ndarray]]:
+    """Return the examples with further ones behind them, those rows, and where each owner's are; nothing is cached.
 
     Args:
         encoded: stays as it is.  rows: owner -> its further rows.
@@ -28,24 +28,15 @@ def extended(
     Raises:
         DataError: rows cannot be rendered, or none of an owner's is left.
     """
-    parts, where, count = [encoded], {}, len(encoded)
+    parts, added, where, count = [encoded], list[Row](), {}, len(encoded)
     for owner, own in rows.items():
         try:
             spans = render(own, tokenizer, data.template, data.system)
-            new, _, _ = encode_spans(spans, tokenizer, data.max_tokens, None)
+            new, kept, _ = encode_spans(spans, tokenizer, data.max_tokens, None)
         except DataError as error:
             raise DataError(f"attacks: the poisoned rows of {owner}: {error}") from error
         where[owner] = np.arange(count, count + len(new))
         count += len(new)
         parts.append(new)
-    return _joined(parts), where
-
-
-def _joined(parts: Sequence[Encoded]) -> Encoded:
-    lengths = np.concatenate([np.diff(one.starts) for one in parts])
-    return Encoded(
-        np.concatenate([one.ids for one in parts]),
-        np.concatenate([one.train for one in parts]),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        np.concatenate([one.answer_bytes for one in parts]),
-    )
+        added += [own[i] for i in kept]
+    return Encoded.joined(parts), added, where

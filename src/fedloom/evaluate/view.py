@@ -54,7 +54,7 @@ class RegimeView:
     def losses(self) -> Mapping[str, Bundle]:
         """Return client -> loss sums on its own rows; clients without rows in the split are left out."""
         who = self.federation.unseen if self.regime == "unseen" else self._trained()
-        who = [name for name in who if len(self.engine.rows(name, self.split))]
+        who = [name for name in who if len(self.engine.hands.rows(name, self.split))]
         if self.regime == "base":
             round_ = self.state.round
             return {n: self.engine.drive(self.engine.client(n, round_).score(None, self.split), n, round_) for n in who}
@@ -62,12 +62,12 @@ class RegimeView:
 
     def prompts(self, conversations: Sequence[Sequence[Turn]]) -> list[str]:
         """Render conversations up to where the assistant answers, as in training."""
-        template, tokenizer = self.recipe.data.template, self.engine.stage.tokenizer
+        template, tokenizer = self.recipe.data.template, self.engine.stage.desk.tokenizer
         return [template.prompt(with_system(turns, self.recipe.data.system), tokenizer) for turns in conversations]
 
     def texts(self, texts: Sequence[str]) -> list[str]:
         """Return bare texts behind bos where the tokenizer adds one."""
-        begin = bos(self.engine.stage.tokenizer)
+        begin = bos(self.engine.stage.desk.tokenizer)
         return [begin + text for text in texts]
 
     def generate(
@@ -86,7 +86,7 @@ class RegimeView:
     def model(self, params: Tensors | None) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """Lend the resident model with an adapter in its layers."""
         self.engine.at(self.state)
-        bench, tokenizer = self.engine.stage.bench, self.engine.stage.tokenizer
+        bench, tokenizer = self.engine.stage.bench, self.engine.stage.desk.tokenizer
         if params is None:
             with bench.attached.off():
                 yield bench.model, tokenizer

@@ -13,31 +13,25 @@ from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from fedloom import cost, seeds, tensors
+from fedloom import seeds, tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
 from fedloom.attacks import Attack, Scene
 from fedloom.checkpoint import MemoryStore
-from fedloom.client import fit, generate
-from fedloom.client.trainer import Bench, Rows
+from fedloom.client.trainer import Bench, step_rows
 from fedloom.data.encode import Encoded
 from fedloom.data.splits import ClientData
+from fedloom.data.texts import TextDesk
 from fedloom.runtime.aggregation import AggregationError
+from fedloom.runtime.effects import Performer
 from fedloom.tracking import Cohort, RoundReport, Sink, Trained
 from fedloom.types import (
     Bundle,
     ClientUpdate,
-    DataError,
     Effect,
-    Fit,
-    Fitted,
-    Generate,
-    Gradient,
     Memory,
     Merge,
     Message,
-    Score,
     ServerState,
     Split,
     Steps,
@@ -66,7 +60,7 @@ class Stage:
     server: Server
     transforms: tuple[Transform, ...]
     bench: Bench
-    tokenizer: PreTrainedTokenizerBase
+    desk: TextDesk
     encoded: Encoded
     clients: Mapping[str, ClientData]
     public: np.ndarray
@@ -158,9 +152,7 @@ class Engine:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self._fit_seconds = 0.0
-        self._shapes = cost.shapes_of(stage.bench.model, stage.bench.attached)
-        self._flops: dict[str, float] = {}
+        self.hands = Performer(stage.bench, stage.desk, stage.encoded, stage.clients, stage.public)
 
     def round(self, crew: Crew, state: ServerState, cohort: Sequence[str]) -> tuple[ServerState, RoundReport]:
         """Run one round.
@@ -197,12 +189,12 @@ class Engine:
 
     def train(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
         """Run some clients' halves of one round, side by side."""
-        stage, before = self.stage, self._fit_seconds
+        stage, before = self.stage, self.hands.spent.fit_seconds
         clients = [self.client(errand.client, round_, errand.memory) for errand in errands]
         messages = [_opened(errand.message) for errand in errands]
         steps = [stage.algorithm.train(*both) for both in zip(clients, messages, strict=True)]
         done = self.drive_all(list(zip([c.name for c in clients], steps, strict=True)), round_)
-        seconds = (self._fit_seconds - before) / len(errands)
+        seconds = (self.hands.spent.fit_seconds - before) / len(errands)
         replies = []
         for client, errand, (update, memory) in zip(clients, errands, done, strict=True):
             for i, transform in enumerate(stage.transforms):
@@ -211,21 +203,22 @@ class Engine:
             changed = None if memory is client.memory else memory
             sent = _sealed(update.message)
             down = len(errand.message)
-            spent = {"bytes_down": down, "bytes_up": len(sent), "flops": self._flops.pop(client.name, 0.0)}
+            spent = {"bytes_down": down, "bytes_up": len(sent), "flops": self.hands.spent.flops.pop(client.name, 0.0)}
             metrics = {**update.metrics, **spent}
             replies.append(Reply(client.name, update.weight, sent, metrics, changed, down, seconds))
         return replies
 
     def client(self, name: str, round_: int, memory: Memory | None = None) -> Client:
         """Return what `name` sees in round `round_`."""
-        examples = len(self.stage.clients[name].train)
+        rows = self.hands.rows(name, "train")
         kept = self.stage.memories.load(name) if memory is None else memory
         stage, server = self.stage, self.stage.server
-        weight, initial, draw = stage.algorithm.weight(examples), stage.initial, server.draw
+        weight, initial, draw = stage.algorithm.weight(len(rows)), stage.initial, server.draw
+        steps = len(step_rows(stage.bench.trainer, rows.lengths(), stage.bench.seed, round_, name)) if len(rows) else 0
         if server.lora is not None and stage.algorithm.mixed_ranks:
             ranks = server.lora
             initial, draw = ranks.cut(initial, name), lambda round_: ranks.cut(server.draw(round_), name)
-        return Client(name, round_, kept, examples, weight, initial, draw, server.lora)
+        return Client(name, round_, kept, len(rows), weight, initial, draw, server.lora, steps)
 
     def at(self, state: ServerState) -> None:
         """Let the resident base be that of a state."""
@@ -234,9 +227,13 @@ class Engine:
     def evaluate(self, state: ServerState, name: str, split: Split) -> Bundle:
         """Return the loss sums of what client `name` would use, on its own rows."""
         algorithm = self.stage.algorithm
+        return self.at_client(state, name, lambda client, message: algorithm.evaluate(client, message, split))
+
+    def at_client(self, state: ServerState, name: str, do: Callable[[Client, Message], Steps[T]]) -> T:
+        """Return what a client finds out by itself about a state, from what the server would send it."""
         self.at(state)
-        message = Message(codec.decode(codec.encode(algorithm.broadcast(self.stage.server, state, name).groups)))
-        return self.drive(algorithm.evaluate(self.client(name, state.round), message, split), name, state.round)
+        message = _opened(_sealed(self.stage.algorithm.broadcast(self.stage.server, state, name)))
+        return self.drive(do(self.client(name, state.round), message), name, state.round)
 
     def drive(self, steps: Steps[T], client: str | None, round_: int) -> T:
         """Run a coroutine to its end, performing each effect that it yields."""
@@ -255,62 +252,9 @@ class Engine:
                     asked[i] = steps.send(answers[i])
                 except StopIteration as stop:
                     results[i] = stop.value
-            fits = {i: effect for i, effect in asked.items() if isinstance(effect, Fit)}
-            for i, fitted in self._fit({i: lanes[i][0] for i in fits}, fits, round_).items():
-                answers[i] = fitted
-            for i, effect in asked.items():
-                if i not in fits:
-                    answers[i] = self.perform(effect, lanes[i][0])
+            for i, answer in self.hands.perform(asked, [client for client, _ in lanes], round_).items():
+                answers[i] = answer
         return [results[i] for i in range(len(lanes))]
-
-    def perform(self, effect: Effect, client: str | None) -> Any:
-        """Perform an effect other than `Fit` on the rows of `client`, or on the server's public rows."""
-        match effect:
-            case Score():
-                return fit.score(self.stage.bench, self.rows(client, effect.split), effect.params)
-            case Generate():
-                return self.generate(effect.params, effect.prompts, effect.max_new_tokens)
-            case Gradient():
-                rows = self.rows(client, "train")
-                if not len(rows):
-                    raise DataError(
-                        "the server has no rows to take a gradient on; raise data.public, which gives it some"
-                    )
-                first = Rows(rows.encoded, rows.indices[: effect.examples])
-                return fit.gradient(self.stage.bench, first, effect.params)
-        raise TypeError(f"{type(effect).__name__} is no effect that is performed alone")
-
-    def _fit(self, who: Mapping[int, str | None], effects: Mapping[int, Fit], round_: int) -> dict[int, Fitted]:
-        """Train together what can be: all that move the same names by the same order of derivatives."""
-        groups: dict[tuple[object, ...], list[int]] = {}
-        for i, effect in effects.items():
-            moving = tuple(n for n in effect.start if effect.trainable is None or effect.trainable(n))
-            groups.setdefault((effect.order, moving), []).append(i)
-        done: dict[int, Fitted] = {}
-        began = time.perf_counter()
-        for group in groups.values():
-            jobs = [fit.Job(who[i] or "server", round_, self.rows(who[i], "train"), effects[i]) for i in group]
-            done.update(zip(group, fit.fit(self.stage.bench, jobs), strict=True))
-            for job in jobs:
-                self._flops[job.client] = self._flops.get(job.client, 0.0) + cost.of_fit(self._shapes, job)
-        self._fit_seconds += time.perf_counter() - began
-        return done
-
-    def generate(self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return greedy answers of an adapter (None: of the base alone)."""
-        bench = self.stage.bench
-        if params is None:
-            with bench.attached.off():
-                return generate.greedy(bench.model, self.stage.tokenizer, prompts, max_new_tokens)
-        bench.attached.load([params])
-        return generate.greedy(bench.model, self.stage.tokenizer, prompts, max_new_tokens)
-
-    def rows(self, client: str | None, split: Split) -> Rows:
-        """Return the rows of one client's split, or the server's public rows."""
-        if client is None:
-            return Rows(self.stage.encoded, self.stage.public)
-        data = self.stage.clients[client]
-        return Rows(self.stage.encoded, {"train": data.train, "validation": data.validation, "test": data.test}[split])
 
     def _updates(self, crew: Crew, state: ServerState, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientUpdate]:
         """Have the cohort trained and yield the updates that are finite, as the server decodes them."""
@@ -365,7 +309,7 @@ class Engine:
             seconds=seconds,
             fit_seconds=tally.fit_seconds,
             aggregation_error=error,
-            flops=sum(m["flops"] for m in tally.metrics.values()) + self._flops.pop("server", 0.0),
+            flops=sum(m["flops"] for m in tally.metrics.values()) + self.hands.spent.flops.pop("server", 0.0),
         )
 
     def _stream(self, round_: int, client: str | None, purpose: str) -> Any:

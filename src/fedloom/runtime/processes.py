@@ -254,7 +254,7 @@ class ProcessesCrew:
         """Return how many tokens these clients will train on."""
         bench, total = self.engine.stage.bench, 0
         for name in clients:
-            lengths = self.engine.rows(name, "train").lengths()
+            lengths = self.engine.hands.rows(name, "train").lengths()
             steps = step_rows(bench.trainer, lengths, bench.seed, round_, name)
             total += sum(lengths[row] for step in steps for row in step)
         return total
