@@ -9,163 +9,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import mode
-from typing import Annotated, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeAlias
 
 import peft
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedloom import baselog, factors, seeds
-from fedloom.client.attached import Attached, check_fit
+from fedloom.client.attached import Attached
+from fedloom.client.attached_lora import AttachedLora, replaced, told_targets
 from fedloom.client.lora import LoraLinear, Owners, Siblings
-from fedloom.client.peft_files import load_peft, read_peft, save_peft
+from fedloom.client.peft_files import read_peft
 from fedloom.client.quantize import is_linear
-from fedloom.client.stack import Stack
-from fedloom.factors import Ranks, Scale
+from fedloom.factors import Ranks
 from fedloom.parts import Part
-from fedloom.types import Merge, ModelError, Tensors, suggest
+from fedloom.types import ModelError, suggest
+
+if TYPE_CHECKING:
+    from fedloom.recipe import Recipe
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbouring layers that most decoders call with one input; a call with another input is computed alone."""
-
-
-class AttachedLora(Attached):
-    """The LoRA layers that were put into one resident model, and the way to set their weights.
-
-    Attributes:
-        layers: live module name -> its layer, in the model's order.
-        config: the peft configuration that describes them.
-        scale: rank -> what the low-rank product is multiplied by.
-    """
-
-    layers: dict[str, LoraLinear]
-
-    def __init__(self, layers: Mapping[str, LoraLinear], config: peft.LoraConfig, owners: Owners, scale: Scale) -> None:
-        self.layers, self.config, self.owners, self.scale = dict(layers), config, owners, scale
-        self.first = next(iter(self.layers.values()))
-        self.drops = config.lora_dropout > 0
-        self._log: tuple[Merge, ...] = ()
-
-    def rebase(self, log: Sequence[Merge]) -> None:
-        """Let the frozen base be the untouched one plus the merges of a base log, whatever it was before.
-
-        The weights are W_0 plus the whole change, rounded once, so they do not depend on the way. The first merge
-        makes a copy of W_0 of every layer that changes; a quantised layer keeps its change beside it.
-        """
-        if len(log) == len(self._log) and all(new is old for new, old in zip(log, self._log, strict=True)):
-            return
-        with torch.inference_mode(mode=False), torch.no_grad():
-            for module in dict.fromkeys([*baselog.modules(log), *baselog.modules(self._log)]):
-                parts = baselog.dense_part(log, module), baselog.low_part(log, module)
-                self.layers[module].shift(*parts)
-        self._log = tuple(log)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return trainable name -> shape: `<module>.lora_A` (r, d_in) and `<module>.lora_B` (d_out, r)."""
-        names: dict[str, tuple[int, ...]] = {}
-        for module, layer in self.layers.items():
-            names[f"{module}.lora_A"] = (layer.r, layer.d_in)
-            names[f"{module}.lora_B"] = (layer.d_out, layer.r)
-        return names
-
-    def check(self, params: Tensors) -> None:
-        """Raise ModelError unless the layers can take an adapter: `shapes()`, but every module in a rank of its own."""
-        check_fit(params, self.shapes(), any_rank=True)
-
-    def init(self, seed: int, dtype: torch.dtype = torch.float32, round_: int | None = None) -> dict[str, Tensor]:
-        """Return peft's starting point drawn from our own stream: A Kaiming-uniform (a = sqrt 5), B zero.
-
-        Args:
-            round_: draws an adapter for one round; None: the one that the run starts from.
-        """
-        stream, start = seeds.generator(seed, round_, None, "adapter"), {}
-        for name, shape in self.shapes().items():
-            start[name] = torch.zeros(shape, dtype=dtype)
-            if name.endswith("lora_A"):
-                # drawn in float32 whatever the dtype, so that a fp64 run starts where the fp32 run does
-                a = torch.empty(shape)
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=stream)
-                start[name].copy_(a)
-        return start
-
-    def like(self) -> Tensor:
-        return self.first.weight()
-
-    def bind(self, stack: Stack) -> None:
-        for module, layer in self.layers.items():
-            layer.a, layer.b = stack.views[f"{module}.lora_A"], stack.views[f"{module}.lora_B"]
-            layer.core = stack.views.get(f"{module}.lora_R")
-            ranks = [shape[0] for shape in stack.ranks(f"{module}.lora_A")]
-            scales = [self.scale(rank) for rank in ranks]
-            layer.scale = scales[0] if min(ranks) == max(ranks) else layer.a.new_tensor(scales).view(-1, 1, 1)
-            layer.enabled = True
-            if layer.siblings is not None:
-                layer.siblings.forget()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        before, log = self.first.enabled, self._log
-        self.rebase(())
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            self.rebase(log)
-            for layer in self.layers.values():
-                layer.enabled = before
-
-    @contextmanager
-    def dropout(self, streams: Sequence[torch.Generator]) -> Iterator[None]:
-        for layer in self.layers.values():
-            layer.streams = tuple(streams)
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.streams = ()
-
-    def merged(self, model: PreTrainedModel, params: Tensors) -> dict[str, Tensor]:
-        self.check(params)
-        state = {}
-        for name, value in model.state_dict().items():
-            state[name.replace(".base.", ".")] = value
-        for module, layer in self.layers.items():
-            a, b = params[f"{module}.lora_A"], params[f"{module}.lora_B"]
-            delta = layer.delta(a, b, self.scale(len(a)))
-            weight = state[f"{module}.weight"]
-            state[f"{module}.weight"] = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
-        return state
-
-    def save(self, folder: Path, params: Tensors, base: str) -> None:
-        save_peft(folder, params, described(self.config, params, self.scale), base)
-
-    def read(self, folder: Path) -> dict[str, Tensor]:
-        return load_peft(folder, self.config)
-
-
-def described(config: peft.LoraConfig, params: Tensors, scale: Scale) -> peft.LoraConfig:
-    """Return peft's configuration of an adapter whose modules may have any rank.
-
-    Args:
-        config: of the recipe's adapter.  params: the adapter.  scale: rank -> what its products are multiplied by.
-    """
-    found = factors.pairs(params, scale)
-    told = copy(config)
-    root = math.sqrt if config.use_rslora else float
-    alphas = {module: pair.scale * root(pair.rank) for module, pair in found.items()}
-    told.r = mode(pair.rank for pair in found.values())
-    told.rank_pattern = {module: pair.rank for module, pair in found.items() if pair.rank != told.r}
-    told.alpha_pattern = {m: alpha for m, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)}
-    return told
 
 
 def _ends(module: str, ending: str) -> bool:
@@ -185,6 +53,15 @@ class Adapter(Part, family=True):
     """Whether its tensors are LoRA factors: A and B of every module."""
     core: ClassVar[bool] = False
     """Whether they are frozen LoRA factors and a small R between them, the only one that is trained."""
+
+    def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        """Yield why this adapter cannot run with other parts of the recipe, one sentence each."""
+        return ()
+
+    @classmethod
+    def from_peft(cls, saved: peft.PeftConfig) -> Adapter | None:
+        """Return the part that a PEFT folder's configuration describes; None: it is of another kind."""
+        return None
 
     def attach(self, model: PreTrainedModel, reference: bool = False) -> Attached:
         """Put the adapter's layers into `model`, in place, once; `reference` selects the plain, slower arithmetic."""
@@ -295,14 +172,11 @@ class Lora(Adapter, name="lora"):
             task_type="CAUSAL_LM",
         )
 
-    def attach(self, model: PreTrainedModel, reference: bool = False) -> AttachedLora:
+    def attach(
+        self, model: PreTrainedModel, reference: bool = False, kind: type[LoraLinear] = LoraLinear
+    ) -> AttachedLora:
         config, names, owners = self.config(), self.target_modules(model), Owners()
-        layers = {}
-        for name in names:
-            parent, _, child = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            layers[name] = LoraLinear(getattr(owner, child), self.r, self.dropout, reference, owners)
-            setattr(owner, child, layers[name])
+        layers = replaced(model, names, lambda name, base: kind(base, self.r, self.dropout, reference, owners))
         for parent in {name.rpartition(".")[0] for name in names}:
             for kin in SHARED_INPUTS:
                 group = tuple(layers[f"{parent}.{child}"] for child in kin if f"{parent}.{child}" in layers)
@@ -314,6 +188,12 @@ class Lora(Adapter, name="lora"):
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         return read_peft(folder, self.scale)
+
+    @classmethod
+    def from_peft(cls, saved: peft.PeftConfig) -> Adapter | None:
+        if type(saved) is not peft.LoraConfig or saved.use_dora:
+            return None
+        return Lora(r=saved.r, alpha=saved.lora_alpha, rslora=saved.use_rslora, targets=told_targets(saved))
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fedloom.client.lora import Owners, Spans
 from fedloom.client.stack import Stack
-from fedloom.types import Merge, ModelError, Tensors
+from fedloom.types import Merge, ModelError, Penalty, ServerState, Tensors
 
 
 class Attached:
@@ -28,6 +28,10 @@ class Attached:
     """Whether rows may lie side by side without padding (`trainer.packing`)."""
     drops: bool = False
     """Whether it drops inputs while training, so that equal tokens of different rows differ."""
+    whole: ClassVar[bool] = False
+    """Whether it is all of the model's weights, so that a run leaves `merged/` and no PEFT folder."""
+    penalty: Penalty | None = None
+    """What its own method adds to every client's loss."""
 
     layers: Mapping[str, Any]
     owners: Owners
@@ -86,6 +90,14 @@ class Attached:
     def order(self, params: Tensors) -> list[str]:
         """Return the names of an adapter's tensors in the model's order."""
         return [name for name in self.shapes() if name in params]
+
+    def governed(self, before: ServerState, after: ServerState, rounds: int) -> ServerState:
+        """Return the state after a round with what the adapter's own method does to it at the server.
+
+        Args:
+            before: the state that was sent.  after: with the step of the algorithm taken.  rounds: of the whole run.
+        """
+        return after
 
     def like(self) -> Tensor:
         """Return a weight that gives the device and dtype that the layers compute in."""

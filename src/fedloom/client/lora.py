@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
-from fedloom.client.quantize import Quantised, dense, is_linear, shape
+from fedloom.client.adapted import Adapted, Owners, Spans
+from fedloom.client.quantize import Quantised
 from fedloom.factors import Factors
-from fedloom.types import ModelError
-
-Spans: TypeAlias = tuple[int, ...] | None
-"""Tokens of each client in one pass; None: in equal parts."""
 
 
 def multiply(x: Tensor, factors: Tensor, spans: Spans) -> Tensor:
@@ -113,10 +109,36 @@ def _columns(u: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @dataclass(slots=True)
-class Owners:
-    """Which tokens of the pass belong to which client; shared by all layers of a model."""
+class Beside:
+    """Further adapters of a layer, beside its main one (`fedloom.slots`).
 
-    tokens: Spans = None
+    Attributes:
+        pairs: A (K, r_i, d_in) and B (K, d_out, r_i) of each slot.
+        scales: (K, 1, 1) of each: its scale as a factor of the main one's.
+        mix: (K, slots) weights, the main one's first; None: ones.
+        router: (K, slots, d_in), whose softmax over the slots weighs them token by token; None: `mix` does.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]]
+    scales: list[Tensor]
+    mix: Tensor | None = None
+    router: Tensor | None = None
+
+    def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return factors of the summed rank: fixed weights and scales go into B; differentiable."""
+        bs = [b, *(one * scale for (_, one), scale in zip(self.pairs, self.scales, strict=True))]
+        if self.mix is not None:
+            bs = [one * self.mix[:, i, None, None] for i, one in enumerate(bs)]
+        return torch.cat([a, *(one for one, _ in self.pairs)], 1), torch.cat(bs, 2)
+
+    def weights(self, x: Tensor, k: int, rank: int) -> Tensor:
+        """Return the router's weight of every column of u for client k's tokens x (n, d_in); in float32 at least."""
+        if self.router is None:
+            raise TypeError("this mixture has no router")
+        told = functional.linear(x, self.router[k].to(x.dtype))
+        weights = torch.softmax(told.to(torch.promote_types(told.dtype, torch.float32)), -1)
+        ranks = torch.tensor([rank, *(a.shape[1] for a, _ in self.pairs)], device=x.device)
+        return weights.repeat_interleave(ranks, 1)
 
 
 @dataclass(slots=True)
@@ -153,15 +175,14 @@ def fused(x: Tensor, layers: Sequence[LoraLinear]) -> list[Tensor]:
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outs]
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(Adapted):
     """A frozen linear layer with the low-rank factors of K clients beside it.
 
     Attributes:
-        base: the layer that was replaced.
         a, b: (K, r, d_in) and (K, d_out, r), set by `Attached.load`; a smaller rank is padded with zeros.
         core: (K, r, r), what stands between B and A; None: nothing does.
+        beside: further adapters in the same pass; None: there are none.
         scale: s, or (K, 1, 1) of them where clients have different ranks.
-        enabled: False computes the base alone.
         streams: one generator a client while training with dropout; empty means no dropout.
         siblings: the layers that are computed together with this one; None: it stands alone.
         change: what is added to a quantised weight: factors (d_out, r), (r, d_in), and a dense (d_out, d_in).
@@ -171,34 +192,25 @@ class LoraLinear(nn.Module):
     b: Tensor
 
     def __init__(self, base: nn.Module, r: int, dropout: float, reference: bool, owners: Owners) -> None:
-        super().__init__()
-        self.base, self.r, self.p, self.exact, self.spans = base, r, dropout, reference, owners
-        # a Conv1D keeps its weight transposed
-        rows, columns = base.weight.shape if isinstance(base, Conv1D) else reversed(shape(base))
-        self.d_out, self.d_in = columns, rows
+        super().__init__(base, owners)
+        self.r, self.p, self.exact = r, dropout, reference
         self.core: Tensor | None = None
+        self.beside: Beside | None = None
         self.scale: float | Tensor = 1.0
-        self.enabled = False
         self.streams: tuple[torch.Generator, ...] = ()
         self.siblings: Siblings | None = None
         self.change: tuple[Tensor, ...] = ()
         self._untouched: Tensor | None = None
 
-    @staticmethod
-    def check(name: str, module: nn.Module) -> None:
-        """Raise ModelError unless a LoRA layer can stand for `module`."""
-        if not (is_linear(module) or isinstance(module, Conv1D)):
-            raise ModelError(
-                f"adapter.targets: {name} is a {type(module).__name__}; LoRA here adapts linear layers only"
-            )
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (K, r, d_in) and B (K, d_out, r), the core multiplied into B; differentiable."""
+        """Return A (K, r, d_in) and B (K, d_out, r), a core multiplied into B, all slots in one; differentiable."""
+        if self.beside is not None:
+            return self.beside.joined(self.a, self.b)
         return self.a, self.b if self.core is None else self.b @ self.core
 
     def weight(self) -> Tensor:
-        """Return the frozen weight as (d_out, d_in)."""
-        weight: Tensor = self.base.weight.T if isinstance(self.base, Conv1D) else dense(self.base)
+        """Return the frozen weight with its change, as (d_out, d_in)."""
+        weight = super().weight()
         for i in range(0, len(self.change) - 1, 2):
             weight = torch.addmm(weight, self.change[i], self.change[i + 1])
         return weight + self.change[-1] if len(self.change) % 2 else weight
@@ -219,20 +231,19 @@ class LoraLinear(nn.Module):
         parts = [part for part in (dense_part, low.product() if low is not None else None) if part is not None]
         total = self._untouched
         for part in parts:
-            total = total + (part.T if isinstance(self.base, Conv1D) else part).to(weight.device)
+            total = total + self.like_base(part).to(weight.device)
         weight.copy_(total)
 
     def delta(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """Return s B A in the layout of the base weight, for one client: a (r, d_in), b (d_out, r)."""
-        product = scale * (b @ a)
-        return product.T if isinstance(self.base, Conv1D) else product
+        return self.like_base(scale * (b @ a))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
         if not self.enabled:
             return self.base(x)  # type: ignore[no-any-return]
         dropping = bool(self.streams) and self.p > 0
-        if self.exact or dropping:
+        if self.exact or dropping or (self.beside is not None and self.beside.router is not None):
             return self._plain(x, dropping)
         if self.siblings is not None:
             return self.siblings.call(self, x)
@@ -248,7 +259,10 @@ class LoraLinear(nn.Module):
         for k, part in enumerate(parts):
             if dropping:
                 part = part * self._keep(part, self.streams[k])
-            outs.append(functional.linear(functional.linear(part, a[k].to(dtype)), b[k].to(dtype)) * self._scale(k))
+            u = functional.linear(part, a[k].to(dtype))
+            if self.beside is not None and self.beside.router is not None:
+                u = u * self.beside.weights(parts[k], k, self.a.shape[1]).to(dtype)
+            outs.append(functional.linear(u, b[k].to(dtype)) * self._scale(k))
         low = outs[0] if len(outs) == 1 else torch.cat(outs)
         return (y + low.view(y.shape)).to(y.dtype)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedloom import seeds
-from fedloom.client.adapters import Adapter, AttachedLora, Lora
+from fedloom.client.adapters import Adapter, Lora
 from fedloom.client.attached import Attached, check_fit
+from fedloom.client.attached_lora import AttachedLora
 from fedloom.client.peft_files import read_peft
 from fedloom.factors import Ranks
 from fedloom.types import ModelError, Tensors
