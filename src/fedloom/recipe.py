@@ -106,7 +106,8 @@ class Recipe(Record):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        problems = [*self.algorithm.conflicts(self), *self.runtime.conflicts(self), *self._early_stop_problems()]
+        problems = [*self.algorithm.conflicts(self), *self.adapter.conflicts(self), *self.runtime.conflicts(self)]
+        problems += self._early_stop_problems()
         problems += self._federation_problems()
         names = [one.part_name for one in self.evaluate]
         problems += [f"evaluate: {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]

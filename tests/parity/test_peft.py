@@ -13,8 +13,9 @@ from tests.tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedloom
+from fedloom.client.adapted import Owners
 from fedloom.client.adapters import Lora
-from fedloom.client.lora import LoraLinear, Owners, fused
+from fedloom.client.lora import LoraLinear, fused
 from fedloom.client.peft_files import load_peft, save_peft
 from fedloom.types import ModelError, Tensors
 

@@ -20,9 +20,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fedloom.client.adapted import Owners
 from fedloom.client.attached import Attached
 from fedloom.client.attached_lora import AttachedLora, replaced, told_targets
-from fedloom.client.lora import LoraLinear, Owners, Siblings
+from fedloom.client.lora import LoraLinear, Siblings
 from fedloom.client.peft_files import read_peft
 from fedloom.client.quantize import is_linear
 from fedloom.factors import Ranks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedloom.client.lora import Owners, Spans
+from fedloom.client.adapted import Owners, Spans
 from fedloom.client.stack import Stack
 from fedloom.types import Merge, ModelError, Penalty, ServerState, Tensors
 

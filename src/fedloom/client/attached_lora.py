@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom import baselog, factors, seeds, slots
+from fedloom.client.adapted import Owners
 from fedloom.client.attached import Attached, check_fit
-from fedloom.client.lora import Beside, LoraLinear, Owners
+from fedloom.client.lora import Beside, LoraLinear
 from fedloom.client.peft_files import load_peft, save_peft
 from fedloom.client.stack import Stack
 from fedloom.factors import Scale
