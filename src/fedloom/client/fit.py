@@ -17,7 +17,7 @@ from fedloom.client.checkpointing import checkpointed
 from fedloom.client.stack import Stack
 from fedloom.client.trainer import Bench, Rows, chosen_steps, row_stream, step_rows
 from fedloom.data.encode import Example
-from fedloom.types import Bundle, Fit, Fitted, Tensors
+from fedloom.types import Bundle, Fit, Fitted, Penalty, Tensors
 
 SCORE_TOKENS = 4096
 """Tokens of one forward pass without gradients."""
@@ -180,8 +180,8 @@ def _first_order(bench: Bench, stack: Stack, lanes: Sequence[_Lane]) -> None:
                 stack.backward((losses / counts.to(losses.device, losses.dtype)).sum())
             totals += losses.detach().double().cpu()
         for k, lane in enumerate(lanes):
-            if lane.job.effect.penalty is not None:
-                stack.backward(lane.job.effect.penalty(stack.client(k)))
+            for penalty in _asked(bench, lane):
+                stack.backward(penalty(stack.client(k)))
     for lane, total, count in zip(lanes, totals, counts, strict=True):
         lane.job.losses.append(float(total / count))
 
@@ -201,7 +201,7 @@ def _zeroth_order(bench: Bench, stack: Stack, lanes: Sequence[_Lane]) -> None:
         for batch in batches:
             with bench.attached.owned(batch.spans), torch.inference_mode():
                 totals += bench.objective.losses(bench.model, batch, bench.reference).double().cpu()
-        found.append(totals / counts + _penalties(stack, lanes))
+        found.append(totals / counts + _penalties(bench, stack, lanes))
     stack.flat.copy_(still)
     slopes = (found[0] - found[1]) / (2 * epsilon[:, 0].double().cpu())
     stack.grad.copy_(slopes.to(still.device, still.dtype)[:, None] * directions)
@@ -217,11 +217,16 @@ def _direction(bench: Bench, stack: Stack, job: Job) -> Tensor:
     return stack.pack(own, stack.flat.device, stack.flat.dtype)
 
 
-def _penalties(stack: Stack, lanes: Sequence[_Lane]) -> Tensor:
+def _asked(bench: Bench, lane: _Lane) -> list[Penalty]:
+    """Return what is added to a client's loss, by its algorithm and by the adapter's own method."""
+    return [one for one in (lane.job.effect.penalty, bench.attached.penalty) if one is not None]
+
+
+def _penalties(bench: Bench, stack: Stack, lanes: Sequence[_Lane]) -> Tensor:
     values = torch.zeros(len(lanes), dtype=torch.float64)
     for k, lane in enumerate(lanes):
-        if lane.job.effect.penalty is not None:
-            values[k] = lane.job.effect.penalty(stack.client(k)).double().cpu()
+        for penalty in _asked(bench, lane):
+            values[k] += penalty(stack.client(k)).double().cpu()
     return values
 
 

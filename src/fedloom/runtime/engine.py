@@ -181,11 +181,23 @@ class Engine:
         for i, transform in enumerate(stage.transforms):
             combined = transform.finish(combined, self._stream(state.round, None, f"finish:{i}"))
         after = self.drive(stage.algorithm.step(stage.server, state, combined), None, state.round)
+        after = stage.bench.attached.governed(state, after, stage.rounds)
         if stage.algorithm.tells_missed:
             # a rejected client did not keep what the round brought it
             kept = [name for name in tally.metrics if name not in tally.rejected]
             after = replace(after, seen={**state.seen, **dict.fromkeys(kept, state.round)})
         return after, self._report(after, tally, error.against(after), time.perf_counter() - began)
+
+    def admit(self, state: ServerState, clients: Sequence[str]) -> tuple[ServerState, int]:
+        """Let every client have a word with the server before round 0; return the state after, and the bytes sent."""
+        algorithm, told, sent = self.stage.algorithm, dict[str, Message](), 0
+        if not algorithm.enrols:
+            return state, 0
+        self.at(state)
+        for name in clients:
+            word = _sealed(self.drive(algorithm.enrol(self.client(name, 0)), name, 0))
+            told[name], sent = _opened(word), sent + len(word)
+        return self.drive(algorithm.admit(self.stage.server, state, told), None, 0), sent
 
     def train(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
         """Run some clients' halves of one round, side by side."""
