@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -26,6 +27,9 @@ from fedloom.algorithms.fedavg import FedAvg
 from fedloom.attacks import Attack
 from fedloom.checkpoint import Checkpointing
 from fedloom.client import lora_sb as _lora_sb  # noqa: F401 - registers the adapter
+from fedloom.client import p_tuning as _p_tuning  # noqa: F401 - registers the adapter
+from fedloom.client import prefix_tuning as _prefix_tuning  # noqa: F401 - registers the adapter
+from fedloom.client import prompt_tuning as _prompt_tuning  # noqa: F401 - registers the adapter
 from fedloom.client.adapters import Adapter, Lora
 from fedloom.client.models import Model
 from fedloom.client.objectives import Objective, Sft
@@ -46,7 +50,7 @@ from fedloom.types import RecipeError, suggest
 from fedloom.wire.transforms import Transform
 
 SUFFIXES = (".yaml", ".yml")
-RESUMABLE = ("rounds", "evaluate", "early_stop", "checkpoint", "trackers", "compare", "budget")
+RESUMABLE = ("rounds", "evaluate", "adapt_steps", "early_stop", "checkpoint", "trackers", "compare", "budget")
 """Keys that a resume may change: none of them touches the training of the rounds that are already done."""
 
 
@@ -97,6 +101,9 @@ class Recipe(Record):
     """Further regimes to train on the same split."""
     budget: Literal["equal_tokens", "equal_rounds"] = "equal_tokens"
     """What the compared regimes share: trained tokens (all local clients together), or rounds and steps."""
+    adapt_steps: NonNegativeInt = 0
+    """Steps that every client takes on its own rows, from the adapter that it would use, before it is measured once
+    more at the end, as a regime of its own (`federated adapted`, `unseen adapted`); 0: none."""
     seed: int = Field(default=0, ge=0)
 
     @field_validator("trackers", mode="before")
@@ -118,6 +125,11 @@ class Recipe(Record):
     def _federation_problems(self) -> Iterable[str]:
         """Yield which parts of the server's and the client's half do not go together."""
         algorithm, server, name = self.algorithm, self.server, f"algorithm={self.algorithm.part_name}"
+        if algorithm.needs_others and self.data.clients == 1:
+            yield (
+                f"data.clients=1: {name} {algorithm.needs_others}, and there are no others; raise data.clients, or set "
+                "algorithm=local"
+            )
         if algorithm.needs_lora and not self.adapter.pairs:
             yield f"{name} works on LoRA factors, which adapter={self.adapter.part_name} has not; set adapter=lora"
         yield from self._core_problems()

@@ -66,7 +66,10 @@ def reevaluate(
         if checkpoint is not None:
             state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint))
             world.memories.look_at(state.round)
-        metrics = {name: world.measure(state, name) for name in ("base", regime)}
+        metrics = {
+            name: world.measure(state, name)
+            for name in ("base", regime, *(world.beside(regime) if adapter is None else ()))
+        }
         return Measured(metrics, intervals(Path(place)), {r: why for r, why in world.totals.not_run.items() if why})
 
 

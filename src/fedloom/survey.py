@@ -21,7 +21,21 @@ from fedloom.client.adapters import Lora
 from fedloom.client.models import DTYPES, skeleton
 from fedloom.factors import Ranks
 from fedloom.recipe import Recipe
-from fedloom.types import Bundle, ClientUpdate, Fit, Fitted, Generate, Gradient, Memory, Message, Score
+from fedloom.types import (
+    Bundle,
+    ClientUpdate,
+    Embed,
+    Fit,
+    Fitted,
+    Generate,
+    Gradient,
+    Losses,
+    Memory,
+    Message,
+    Pair,
+    Score,
+    Texts,
+)
 
 ROUNDS = 3
 TOY = {"layer": (64, 64)}
@@ -101,6 +115,9 @@ def survey(algorithm: Algorithm, recipe: Recipe, clients: Sequence[str], shapes:
     run = Rehearsal(algorithm, recipe, clients, shapes)
     found = Surveyed(algorithm.part_name, (algorithm.__doc__ or "").splitlines()[0], paper_of(type(algorithm)))
     state = algorithm.init(run.draw(0))
+    if algorithm.enrols:
+        told = {name: run.drive(algorithm.enrol(run.client(name, 0))) for name in clients}
+        state = run.drive(algorithm.admit(run.server, state, told))
     for round_ in range(ROUNDS):
         state = run.drive(algorithm.prepare(run.server, state))
         updates = []
@@ -169,12 +186,15 @@ class Rehearsal:
 
     def train(self, name: str, round_: int, message: Message) -> tuple[ClientUpdate, Memory]:
         """Run one client's round."""
+        done: tuple[ClientUpdate, Memory] = self.drive(self.algorithm.train(self.client(name, round_), message))
+        return done
+
+    def client(self, name: str, round_: int) -> Client:
+        """Return what a client sees."""
         ranks, draw = self.shapes.ranks, self.draw
         if self.algorithm.mixed_ranks:
             draw = lambda round_: ranks.cut(self.draw(round_), name)
-        client = Client(name, round_, self.memories[name], 8, self.algorithm.weight(8), draw(0), draw, ranks)
-        done: tuple[ClientUpdate, Memory] = self.drive(self.algorithm.train(client, message))
-        return done
+        return Client(name, round_, self.memories[name], 8, self.algorithm.weight(8), draw(0), draw, ranks)
 
     def drive(self, steps: Any) -> Any:
         """Run a coroutine to its end with made-up answers."""
@@ -194,6 +214,13 @@ class Rehearsal:
                 return Fitted(params, 1, 1e-3, 8, 8, (1.0,), (), kept)
             case Score():
                 return Bundle(scalars={"nll": 8.0, "tokens": 8.0, "bytes": 8.0, "examples": 8.0})
+            case Losses():
+                return _losses(8 if effect.pairs is None else len(effect.pairs))
+            case Embed():
+                count = 8 if effect.prompts is None else len(effect.prompts)
+                return torch.randn(count, 8, generator=self.stream)
+            case Texts():
+                return tuple(Pair(f"question {i}", f"answer {i}") for i in range(8))
             case Gradient():
                 return {name: self._near(torch.zeros_like(t)) for name, t in effect.params.items()}
             case Generate():
@@ -202,6 +229,10 @@ class Rehearsal:
 
     def _near(self, t: Tensor) -> Tensor:
         return t + 0.01 * torch.randn(t.shape, generator=self.stream).to(t.dtype)
+
+
+def _losses(count: int) -> Bundle:
+    return Bundle({name: torch.ones(count, dtype=torch.float64) for name in ("nll", "tokens", "bytes")})
 
 
 def _of(ranks: Ranks, modules: Iterable[str]) -> Ranks:

@@ -33,7 +33,7 @@ from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
 from fedloom.evaluate.stats import worst_share
-from fedloom.evaluate.view import RegimeView, spread
+from fedloom.evaluate.view import ADAPTED, RegimeView, spread
 from fedloom.home import home
 from fedloom.outcome import Totals, export, write_samples
 from fedloom.recipe import Recipe
@@ -208,6 +208,10 @@ class World:
         self.metrics.path.unlink(missing_ok=True)
         state = self.recipe.algorithm.init(self.assets.initial)
         self.totals.results["base"] = self.measure(state, "base") if base is None else dict(base)
+        state, sent = self.engine.admit(state, self.clients)
+        if sent:
+            self.totals.bytes_up += sent
+            self.metrics.add(0, None, {"bytes_up": sent})
         self._save(state)
         return state
 
@@ -270,15 +274,20 @@ class World:
         self.rescue(state)
         regime = self.recipe.algorithm.regime
         self.totals.results[regime] = self.measure(state, regime)
-        if self.assets.federation.unseen:
-            self.totals.results["unseen"] = self.measure(state, "unseen")
+        for name in self.beside(regime):
+            self.totals.results[name] = self.measure(state, name)
         self.totals.adapter_sha256 = export(self.folder, self.recipe, self.assets, self.memories, self.clients, state)
         self.metrics.flush()
         self._tick()
 
+    def beside(self, regime: str) -> list[str]:
+        """Return the regimes that are measured on the same state: unseen clients, and some steps of adaptation."""
+        found = ["unseen"] if self.assets.federation.unseen else []
+        return found + [f"{name}{ADAPTED}" for name in (regime, *found) if self.recipe.adapt_steps]
+
     def measure(self, state: ServerState, regime: str) -> dict[str, Mapping[str, float]]:
         """Return evaluator -> metrics of one regime on test data, and book which evaluators could not be run."""
-        evaluators = [one for one in self.recipe.evaluate if regime != "unseen" or one.own_rows]
+        evaluators = [one for one in self.recipe.evaluate if not regime.startswith("unseen") or one.own_rows]
         found = {one.part_name: self._evaluate(state, one, regime, "test") for one in evaluators}
         self.totals.not_run[regime] = {name: one.not_run for name, one in found.items() if one.not_run}
         return {name: one.metrics for name, one in found.items() if one.metrics}

@@ -217,9 +217,9 @@ def test_a_rejected_clients_last_adapter_stands(
     """A client that fails in the first round counts as where everybody started."""
     from dataclasses import replace
 
-    from fedloom.runtime import engine
+    from fedloom.runtime import effects
 
-    real = engine.fit.fit
+    real = effects.fit.fit
 
     def broken(bench: Any, jobs: Any) -> Any:
         bad = lambda job: job.round == 0 and job.client == "client-2"
@@ -228,7 +228,7 @@ def test_a_rejected_clients_last_adapter_stands(
             for job, one in zip(jobs, real(bench, jobs), strict=True)
         ]
 
-    monkeypatch.setattr(engine.fit, "fit", broken)
+    monkeypatch.setattr(effects.fit, "fit", broken)
     with watched() as seen:
         result = run(tiny_folder, tmp_path / "a", **dec())
     assert result.summary["rejected"] == 1

@@ -164,9 +164,9 @@ def test_a_rejected_client_is_told_again(tiny_folder: Path, tmp_path: Path, monk
     """It lost its memory of the round, so it has to have A and B once more."""
     from dataclasses import replace
 
-    from fedloom.runtime import engine
+    from fedloom.runtime import effects
 
-    real = engine.fit.fit
+    real = effects.fit.fit
 
     def broken(bench: Any, jobs: Any) -> Any:
         bad = lambda job: job.round == 0 and job.client == "client-2"
@@ -175,7 +175,7 @@ def test_a_rejected_client_is_told_again(tiny_folder: Path, tmp_path: Path, monk
             for job, one in zip(jobs, real(bench, jobs), strict=True)
         ]
 
-    monkeypatch.setattr(engine.fit, "fit", broken)
+    monkeypatch.setattr(effects.fit, "fit", broken)
     with watched() as seen:
         result = run(tiny_folder, tmp_path / "a", **SB)
     assert result.summary["rejected"] == 1

@@ -18,7 +18,7 @@ from fedloom.algorithms.fedsa import FedSaLora
 from fedloom.algorithms.halves import half
 from fedloom.checkpoint import Checkpoints, MemoryStore
 from fedloom.client import fit
-from fedloom.runtime import engine
+from fedloom.runtime import effects, engine
 from fedloom.types import Fitted, Message, RecipeError, ServerState
 
 FP64 = {"model": {"dtype": "fp64"}}
@@ -165,7 +165,7 @@ def test_a_rolora_client_whose_update_was_refused_gets_both_factors(
         down.setdefault(len(down), message)
         return sealed(message)
 
-    monkeypatch.setattr(engine.fit, "fit", spoilt)
+    monkeypatch.setattr(effects.fit, "fit", spoilt)
     monkeypatch.setattr(engine, "_sealed", noted)
     result = run(tiny_folder, tmp_path / "a", algorithm="rolora", rounds=3, evaluate=[])
     assert result.summary["rejected"] == 1
@@ -292,7 +292,7 @@ def _watched(work: Any, see: Any = None) -> list[Fitted]:
         return done
 
     with pytest.MonkeyPatch().context() as patch:
-        patch.setattr(engine.fit, "fit", noted)
+        patch.setattr(effects.fit, "fit", noted)
         work()
     return seen
 

@@ -192,9 +192,9 @@ def test_a_resumed_run_is_the_straight_one(tiny_folder: Path, tmp_path: Path, si
 
 
 def test_the_fixed_factor_does_not_move(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedloom.runtime import engine
+    from fedloom.runtime import effects
 
-    real, rounds = engine.fit.fit, {}
+    real, rounds = effects.fit.fit, {}
 
     def noted(bench: Any, jobs: Any) -> Any:
         done = real(bench, jobs)
@@ -204,7 +204,7 @@ def test_the_fixed_factor_does_not_move(tiny_folder: Path, tmp_path: Path, monke
             rounds[job.round] = fitted.params
         return done
 
-    monkeypatch.setattr(engine.fit, "fit", noted)
+    monkeypatch.setattr(effects.fit, "fit", noted)
     run(
         tiny_folder, tmp_path / "a", algorithm="rac-lora", trainer={"optimizer": {"name": "adamw", "weight_decay": 0.5}}
     )

@@ -171,7 +171,7 @@ def _watch(algorithm: str) -> Any:
     from contextlib import contextmanager
 
     from fedloom.client import fit
-    from fedloom.runtime import engine
+    from fedloom.runtime import effects
 
     @contextmanager
     def watching() -> Any:
@@ -185,7 +185,7 @@ def _watch(algorithm: str) -> Any:
             return done
 
         with pytest.MonkeyPatch().context() as patch:
-            patch.setattr(engine.fit, "fit", noted)
+            patch.setattr(effects.fit, "fit", noted)
             yield seen
 
     return watching()

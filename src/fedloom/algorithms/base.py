@@ -6,7 +6,7 @@ them. A method must read only its arguments and what effects return, never live 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -106,6 +106,18 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
+class Suited:
+    """Which adapter serves which prompt.
+
+    Attributes:
+        keys: one a prompt; prompts of one key have one adapter.  make: a key -> its adapter.
+    """
+
+    keys: Sequence[Hashable]
+    make: Callable[[Any], Tensors]
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """What a server's half of an algorithm sees.
 
@@ -161,6 +173,8 @@ class Algorithm(Part, family=True):
     """Why it combines updates in its own way, so that robust rules are refused; empty: the aggregator does it."""
     own_step: ClassVar[str] = ""
     """Why its server applies what was combined in its own way, so that server optimisers are refused."""
+    by_tensor: ClassVar[str] = ""
+    """What it does that takes gradients of the very tensors that it sends (`Fit.correct`, zeroth order); empty: no."""
     changes_base: ClassVar[bool] = False
     """Whether it merges into the base weights."""
     tells_missed: ClassVar[bool] = False
@@ -250,10 +264,10 @@ class Algorithm(Part, family=True):
         """Return the adapter that this client would use, given what the server would send it now."""
         return done(message.groups["params"].tensors)
 
-    def suited(self, client: Client, message: Message, prompts: Sequence[str]) -> Steps[Sequence[Tensors]]:
-        """Return the adapter that this client would use for each rendered prompt; mostly its own for all."""
+    def suited(self, client: Client, message: Message, prompts: Sequence[str]) -> Steps[Suited]:
+        """Return which adapter this client would use for each rendered prompt; mostly its own for all."""
         own = yield from self.own(client, message)
-        return [own] * len(prompts)
+        return Suited([0] * len(prompts), lambda _: own)
 
     def adapt(self, client: Client, message: Message, steps: int) -> Steps[Tensors]:
         """Return the client's own adapter after some more steps on its own rows, before it is used."""

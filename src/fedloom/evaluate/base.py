@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from pydantic import NonNegativeInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from fedloom.client.generate import GREEDY, Decoding
 from fedloom.client.likelihood import Likelihood
 from fedloom.data.rows import Turn
 from fedloom.parts import Part
-from fedloom.types import Bundle, Split, Tensors
+from fedloom.types import Bundle, Pair, Split, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,17 @@ class Evaluation:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The adapter that a client would use, found out where it is needed, so that one exists at a time."""
+
+    client: str
+
+
+Using: TypeAlias = Tensors | Own | None
+"""With what a model answers: an adapter, that of a client, or none."""
+
+
 class View(Protocol):
     """What an evaluator may look at: one regime's adapters, and the rows of its clients as sums only."""
 
@@ -72,8 +83,12 @@ class View(Protocol):
         ...
 
     @property
-    def adapters(self) -> Mapping[str | None, Tensors | None]:
+    def adapters(self) -> Mapping[str | None, Using]:
         """Client -> its adapter, or None -> the one of all; the adapter None is the untouched base."""
+        ...
+
+    def own_rows(self) -> Mapping[str, Sequence[Pair]]:
+        """Return client -> its own rows of `split` as pairs; clients without any are left out."""
         ...
 
     def losses(self) -> Mapping[str, Bundle]:
@@ -89,16 +104,16 @@ class View(Protocol):
         ...
 
     def generate(
-        self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding = GREEDY
+        self, params: Using, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding = GREEDY
     ) -> list[str]:
         """Return answers, in the order of `prompts`; equal prompts are sampled apart."""
         ...
 
-    def likelihoods(self, params: Tensors | None, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+    def likelihoods(self, params: Using, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """Return how likely each continuation is after its context; give pairs that begin alike in one call."""
         ...
 
-    def model(self, params: Tensors | None) -> AbstractContextManager[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    def model(self, params: Using) -> AbstractContextManager[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """Lend the resident model, with the adapter in its layers while the context lasts, and its tokenizer."""
         ...
 

@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from fedloom.client.generate import Decoding
-from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
+from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, chosen, drawn, found, over_adapters
-from fedloom.types import DataError, Split, Tensors
+from fedloom.types import DataError, Split
 
 
 class Bbh(Evaluator, name="bbh"):
@@ -59,7 +59,7 @@ class Bbh(Evaluator, name="bbh"):
         problems = self.problems(view.split, view.seed)
         decoding = Decoding(stop=("\n\n", "\nQ:"))
 
-        def score(adapter: Tensors | None) -> Scored:
+        def score(adapter: Using) -> Scored:
             samples, shares = [], {}
             for name, asked in problems.items():
                 prompts = view.texts([prompt for _, prompt, _ in asked])

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import PositiveInt
 
 from fedloom.client.likelihood import Likelihood
-from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
+from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, over_adapters
-from fedloom.types import Split, Tensors
+from fedloom.types import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Choice(Evaluator):
         contexts = view.texts([q.context for q in questions])
         groups = list(dict.fromkeys(q.group for q in questions))
 
-        def score(adapter: Tensors | None) -> Scored:
+        def score(adapter: Using) -> Scored:
             likely: list[list[Likelihood]] = [[] for _ in questions]
             for group in groups:
                 places = [(i, c) for i, q in enumerate(questions) if q.group == group for c in q.choices]

@@ -18,9 +18,9 @@ from fedloom.client.generate import GREEDY, Decoding
 from fedloom.data.named import Gsm8k
 from fedloom.data.rows import Row
 from fedloom.evaluate import extract
-from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
+from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, drawn, over_adapters
-from fedloom.types import DataError, Split, Tensors
+from fedloom.types import DataError, Split
 
 
 class Gsm8kAccuracy(Evaluator, name="gsm8k"):
@@ -70,7 +70,7 @@ class Gsm8kAccuracy(Evaluator, name="gsm8k"):
         decoding = Decoding(stop=("Q:",)) if self.shots else GREEDY
         rules = extract.CHAIN_RULES if self.shots else extract.RULES
 
-        def score(adapter: Tensors | None) -> Scored:
+        def score(adapter: Using) -> Scored:
             outputs = view.generate(adapter, prompts, self.max_new_tokens, decoding)
             hits: dict[str, list[bool]] = {name: [] for name in (*rules, "marked", "unparseable")}
             samples = []

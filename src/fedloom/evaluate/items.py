@@ -10,9 +10,9 @@ import numpy as np
 
 from fedloom import seeds
 from fedloom.data.files import Record, read_table
-from fedloom.evaluate.base import Evaluation, Sample, View
+from fedloom.evaluate.base import Evaluation, Sample, Using, View
 from fedloom.home import data_home
-from fedloom.types import DataError, Split, Tensors, suggest
+from fedloom.types import DataError, Split, suggest
 
 Scored: TypeAlias = tuple[dict[str, float], list[Sample]]
 
@@ -92,7 +92,7 @@ def drawn(evaluator: str, total: int, limit: int | None, split: Split, seed: int
 
 
 def over_adapters(
-    view: View, score: Callable[[Tensors | None], Scored], settings: Mapping[str, Any] | None = None
+    view: View, score: Callable[[Using], Scored], settings: Mapping[str, Any] | None = None
 ) -> Evaluation:
     """Measure each adapter of a regime; the metrics are means over them.
 

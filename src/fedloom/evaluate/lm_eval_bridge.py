@@ -21,9 +21,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
+from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, found, over_adapters
-from fedloom.types import DataError, Tensors, suggest
+from fedloom.types import DataError, suggest
 
 _OFFLINE = (OSError, ConnectionError, ValueError, KeyError)
 """What the harness raises where a task's data cannot be had: `datasets` has no error of its own for it."""
@@ -64,7 +64,7 @@ class LmEval(Evaluator, name="lm_eval"):
         missing: dict[str, str] = {}
         known = catalogue(self)
 
-        def score(adapter: Tensors | None) -> Scored:
+        def score(adapter: Using) -> Scored:
             metrics: dict[str, float] = {}
             samples: list[Sample] = []
             first = []

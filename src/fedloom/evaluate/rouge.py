@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import PositiveInt
 
 from fedloom.data.rows import Turn
-from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
+from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, drawn, found, over_adapters, records
-from fedloom.types import DataError, Tensors
+from fedloom.types import DataError
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -56,7 +56,7 @@ class Rouge(Evaluator, name="rouge"):
         asked = [(i, *_read(rows[i], file)) for i in drawn("rouge", len(rows), self.limit, view.split, view.seed)]
         prompts = view.prompts([(Turn("user", text),) for _, text, _ in asked])
 
-        def score(adapter: Tensors | None) -> Scored:
+        def score(adapter: Using) -> Scored:
             outputs = view.generate(adapter, prompts, self.max_new_tokens)
             samples = []
             for (i, _, references), prompt, output in zip(asked, prompts, outputs, strict=True):

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedloom.algorithms.base import Client, Suited
 from fedloom.client.generate import GREEDY, Decoding, answers
 from fedloom.client.likelihood import Likelihood, likelihoods
 from fedloom.data.federation import Federation
 from fedloom.data.rows import Turn
 from fedloom.data.templates import bos, with_system
-from fedloom.evaluate.base import Evaluator
+from fedloom.evaluate.base import Evaluator, Own, Using
 from fedloom.evaluate.stats import worst_share
 from fedloom.recipe import Recipe
 from fedloom.runtime.engine import Engine
-from fedloom.types import Bundle, ServerState, Split, Tensors
+from fedloom.types import Bundle, Message, Pair, ServerState, Split, Steps, Tensors
+
+T = TypeVar("T")
+ADAPTED = " adapted"
+"""What follows a regime's name where clients take some steps on their own rows before they are measured."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +46,62 @@ class RegimeView:
         return self.recipe.seed
 
     @cached_property
-    def adapters(self) -> Mapping[str | None, Tensors | None]:
+    def adapters(self) -> Mapping[str | None, Using]:
         """Client -> its adapter, or None -> the one of all."""
         algorithm = self.recipe.algorithm
         if self.regime == "base":
             return {None: None}
-        if not algorithm.personal:
-            return {None: next(iter(algorithm.export(self.state).values()))}
-        memories = ((name, self.engine.stage.memories.load(name)) for name in self._trained())
-        return {name: next(iter(algorithm.export(self.state, memory).values())) for name, memory in memories}
+        if algorithm.personal or self._adapting:
+            return {name: Own(name) for name in self._who()}
+        return {None: next(iter(algorithm.export(self.state).values()))}
 
     def losses(self) -> Mapping[str, Bundle]:
         """Return client -> loss sums on its own rows; clients without rows in the split are left out."""
-        who = self.federation.unseen if self.regime == "unseen" else self._trained()
-        who = [name for name in who if len(self.engine.hands.rows(name, self.split))]
+        who = [name for name in self._who() if len(self.engine.hands.rows(name, self.split))]
         if self.regime == "base":
             round_ = self.state.round
             return {n: self.engine.drive(self.engine.client(n, round_).score(None, self.split), n, round_) for n in who}
+        if self._adapting:
+            return {name: self.engine.at_client(self.state, name, self._scored_adapted) for name in who}
         return {name: self.engine.evaluate(self.state, name, self.split) for name in who}
+
+    def own_rows(self) -> Mapping[str, Sequence[Pair]]:
+        """Return client -> its own rows of `split` as pairs; clients without any are left out."""
+        hands = self.engine.hands
+        found = {name: hands.desk.pairs(hands.rows(name, self.split).indices) for name in self._who()}
+        return {name: pairs for name, pairs in found.items() if pairs}
+
+    @property
+    def _adapting(self) -> bool:
+        return self.regime.endswith(ADAPTED)
+
+    def _adapted(self, client: Client, message: Message) -> Steps[Tensors]:
+        return self.recipe.algorithm.adapt(client, message, self.recipe.adapt_steps)
+
+    def _scored_adapted(self, client: Client, message: Message) -> Steps[Bundle]:
+        adapted = yield from self._adapted(client, message)
+        return (yield from client.score(adapted, self.split))
+
+    def _suited(self, client: str, prompts: Sequence[str]) -> Suited:
+        """Return which adapter of a client serves which prompt."""
+        if self._adapting:
+            adapted = self.engine.at_client(self.state, client, self._adapted)
+            return Suited([0] * len(prompts), lambda _: adapted)
+        suited = self.recipe.algorithm.suited
+        return self.engine.at_client(self.state, client, lambda who, message: suited(who, message, prompts))
+
+    def _by_prompt(
+        self, using: Using, prompts: Sequence[str], do: Callable[[Tensors | None, list[int]], Sequence[T]]
+    ) -> list[T]:
+        """Return what `do` finds for each prompt, with the adapter that serves it and the prompts' numbers."""
+        if not isinstance(using, Own):
+            return list(do(using, list(range(len(prompts)))))
+        suited = self._suited(using.client, prompts)
+        found: dict[int, T] = {}
+        for key in dict.fromkeys(suited.keys):
+            numbers = [i for i, one in enumerate(suited.keys) if one == key]
+            found.update(zip(numbers, do(suited.make(key), numbers), strict=True))
+        return [found[i] for i in range(len(prompts))]
 
     def prompts(self, conversations: Sequence[Sequence[Turn]]) -> list[str]:
         """Render conversations up to where the assistant answers, as in training."""
@@ -71,20 +114,36 @@ class RegimeView:
         return [begin + text for text in texts]
 
     def generate(
-        self, params: Tensors | None, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding = GREEDY
+        self, params: Using, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding = GREEDY
     ) -> list[str]:
         """Return answers, greedy unless `decoding` says otherwise."""
-        with self.model(params) as (model, tokenizer):
-            return answers(model, tokenizer, prompts, max_new_tokens, decoding)
 
-    def likelihoods(self, params: Tensors | None, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        def some(adapter: Tensors | None, numbers: list[int]) -> list[str]:
+            with self._loaded(adapter) as (model, tokenizer):
+                return answers(model, tokenizer, [prompts[i] for i in numbers], max_new_tokens, decoding)
+
+        return self._by_prompt(params, prompts, some)
+
+    def likelihoods(self, params: Using, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """Return how likely each continuation is after its context."""
-        with self.model(params) as (model, tokenizer):
-            return likelihoods(model, tokenizer, pairs)
+
+        def some(adapter: Tensors | None, numbers: list[int]) -> list[Likelihood]:
+            with self._loaded(adapter) as (model, tokenizer):
+                return likelihoods(model, tokenizer, [pairs[i] for i in numbers])
+
+        return self._by_prompt(params, [context for context, _ in pairs], some)
 
     @contextmanager
-    def model(self, params: Tensors | None) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-        """Lend the resident model with an adapter in its layers."""
+    def model(self, params: Using) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """Lend the resident model with an adapter in its layers; a client's own is the one for most prompts."""
+        if isinstance(params, Own):
+            find = self._adapted if self._adapting else self.recipe.algorithm.own
+            params = self.engine.at_client(self.state, params.client, find)
+        with self._loaded(params) as lent:
+            yield lent
+
+    @contextmanager
+    def _loaded(self, params: Tensors | None) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         self.engine.at(self.state)
         bench, tokenizer = self.engine.stage.bench, self.engine.stage.desk.tokenizer
         if params is None:
@@ -111,9 +170,11 @@ class RegimeView:
             "versions": {name: version(name) for name in ("fedloom", "torch", "transformers")},
         }
 
-    def _trained(self) -> list[str]:
+    def _who(self) -> list[str]:
+        """Return the clients of the regime: those that trained, or those kept out of training."""
         unseen = set(self.federation.unseen)
-        return [name for name in self.federation.clients if name not in unseen]
+        asked = self.regime.removesuffix(ADAPTED) == "unseen"
+        return [name for name in self.federation.clients if (name in unseen) == asked]
 
 
 def spread(evaluator: Evaluator, clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
