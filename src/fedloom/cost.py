@@ -10,7 +10,8 @@ the unpacking of a quantised weight are not in it. A multiplication and an addit
     logits of n labels                as a linear layer on n tokens
 
 Nothing flows back below the first adapted layers, so what lies there has a forward pass only, and the first adapted
-layers themselves need no gradient of their input.
+layers themselves need no gradient of their input. Virtual tokens (`Attached.virtual`) make every row so much longer:
+for all layers, or, where their keys and values are given, for attention alone.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Shapes:
         head: weights of the output embeddings.
         attention, back: heads x head size, summed over the layers, and over those that a gradient passes through.
         edge: adapted modules whose input needs no gradient.
+        virtual: tokens before every row.  embedded: whether they go through the layers as others do.
     """
 
     forward: int
@@ -51,6 +53,8 @@ class Shapes:
     attention: int
     back: int
     edge: frozenset[str]
+    virtual: int = 0
+    embedded: bool = False
 
 
 def shapes_of(model: PreTrainedModel, attached: Attached) -> Shapes:
@@ -63,6 +67,11 @@ def shapes_of(model: PreTrainedModel, attached: Attached) -> Shapes:
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers, width = config.num_hidden_layers, width * config.num_attention_heads
+    if attached.virtual:
+        still = set() if attached.embedded else {name for name in sizes if _feeds_first(name)}
+        through = sum(size for name, size in sizes.items() if name not in still)
+        whole = sum(sizes.values()), through, _weights(head), layers * width, layers * width
+        return Shapes(*whole, frozenset(), attached.virtual, attached.embedded)
     return Shapes(
         forward=sum(sizes.values()),
         through=sum(sizes[name] for name in later if name not in edge),
@@ -90,7 +99,9 @@ def of_rows(shapes: Shapes, effect: Fit, lengths: Sequence[int], labels: Sequenc
         lengths, labels: tokens and labels of every row that was trained on, again each time it was.
     """
     low, back = _low_rank(shapes.edge, effect.start, effect.trainable)
-    tokens, squares, logits = sum(lengths), sum(n * n for n in lengths), 2.0 * sum(labels) * shapes.head
+    more, read = shapes.virtual, shapes.virtual if shapes.embedded else 0
+    tokens, squares = sum(n + read for n in lengths), sum((n + read) * (n + more) for n in lengths)
+    logits = 2.0 * sum(labels) * shapes.head
     forward = 2.0 * tokens * (shapes.forward + low) + 4.0 * squares * shapes.attention + logits
     if effect.order == "zeroth":
         return 2 * forward
@@ -129,6 +140,11 @@ def _weights(layer: nn.Module | None) -> int:
 
 def _shape(layer: nn.Module) -> Sequence[int]:
     return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else shape(layer)
+
+
+def _feeds_first(name: str) -> bool:
+    """Return whether attention of the first layer stands behind a module."""
+    return _still(name) == 0
 
 
 def _still(first: str) -> int:

@@ -30,6 +30,9 @@ from fedloom.client import lora_sb as _lora_sb  # noqa: F401 - registers the ada
 from fedloom.client import p_tuning as _p_tuning  # noqa: F401 - registers the adapter
 from fedloom.client import prefix_tuning as _prefix_tuning  # noqa: F401 - registers the adapter
 from fedloom.client import prompt_tuning as _prompt_tuning  # noqa: F401 - registers the adapter
+from fedloom.client import p_tuning as _p_tuning  # noqa: F401 - registers the adapter
+from fedloom.client import prefix_tuning as _prefix_tuning  # noqa: F401 - registers the adapter
+from fedloom.client import prompt_tuning as _prompt_tuning  # noqa: F401 - registers the adapter
 from fedloom.client.adapters import Adapter, Lora
 from fedloom.client.models import Model
 from fedloom.client.objectives import Objective, Sft

@@ -31,8 +31,10 @@ def settle(recipe: Recipe, assets: Assets) -> Recipe:
         recipe: resolved.  assets: the resident model and the rows.
 
     Raises:
-        RecipeError: packing is asked of a model that cannot, or a batch cannot fit in memory.
+        RecipeError: packing is asked of a model or adapter that cannot, a batch cannot fit in memory, or rows and
+            virtual tokens have more positions than the model.
     """
+    _check_positions(recipe, assets)
     recipe = _with_trainer(recipe, packing=_packing(recipe, assets))
     device = assets.loaded.model.device
     # workers on the CPU share its memory; on GPUs each has its own
@@ -56,9 +58,26 @@ def _with_trainer(recipe: Recipe, **changes: object) -> Recipe:
     return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update=changes)})
 
 
+def _check_positions(recipe: Recipe, assets: Assets) -> None:
+    virtual, longest = assets.attached.virtual, int(np.diff(assets.federation.encoded.starts).max())
+    room = getattr(assets.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if virtual and room is not None and longest + virtual > room:
+        raise RecipeError(
+            f"data.max_tokens={recipe.data.max_tokens} lets in a row of {longest} tokens, which with "
+            f"adapter.tokens={virtual} exceeds the {room} positions of {recipe.model.name}; lower one of them"
+        )
+
+
 def _packing(recipe: Recipe, assets: Assets) -> bool:
     asked, model = recipe.trainer.packing, assets.loaded.model
     if asked is False or recipe.runtime.reference:
+        return False
+    if not assets.attached.packs:
+        if asked is True:
+            raise RecipeError(
+                f"trainer.packing=true: with adapter={recipe.adapter.part_name} rows cannot lie side by side (allowed: "
+                "auto, false)"
+            )
         return False
     # on a GPU one call over padded rows beats a call a row
     able = can_pack(model) if asked is True or model.device.type == "cpu" else False

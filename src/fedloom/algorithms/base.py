@@ -175,6 +175,8 @@ class Algorithm(Part, family=True):
     """Why its server applies what was combined in its own way, so that server optimisers are refused."""
     by_tensor: ClassVar[str] = ""
     """What it does that takes gradients of the very tensors that it sends (`Fit.correct`, zeroth order); empty: no."""
+    by_tensor: ClassVar[str] = ""
+    """What it does that takes gradients of the very tensors that it sends (`Fit.correct`, zeroth order); empty: no."""
     changes_base: ClassVar[bool] = False
     """Whether it merges into the base weights."""
     tells_missed: ClassVar[bool] = False

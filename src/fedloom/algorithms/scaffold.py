@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 class Scaffold(FedAvg, name="scaffold"):
     """FedAvg with control variates that cancel the drift between clients."""
 
+    by_tensor = "corrects the gradients of what it sends"
+
     weighting: Literal["uniform"] = "uniform"
     """The paper's mean: every client of the cohort counts the same."""
     variant: Literal["sgd_exact", "grad_side", "post_step_adamw"] = "sgd_exact"

@@ -32,6 +32,10 @@ class Attached:
     """Whether it is all of the model's weights, so that a run leaves `merged/` and no PEFT folder."""
     penalty: Penalty | None = None
     """What its own method adds to every client's loss."""
+    virtual: int = 0
+    """Tokens that come before every row, which nobody who calls the model knows of."""
+    embedded: ClassVar[bool] = False
+    """Whether virtual tokens go through the layers as others do, or have given keys and values."""
 
     layers: Mapping[str, Any]
     owners: Owners

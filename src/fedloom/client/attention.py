@@ -144,17 +144,18 @@ def can_pack(model: PreTrainedModel) -> bool:
     rows = [Example(torch.arange(n) % 7 + 3, torch.ones(n, dtype=torch.bool)) for n in (12, 10, 17)]
     rows[2].ids[9:] += 1
     try:
-        small = _small(model)
+        tried = small(model)
         with torch.inference_mode():
-            batch = collate([rows], small.device, packed=True)
-            packed = states(small, batch)[batch.at]
-            alone = torch.cat([states(small, collate([[row]], small.device, packed=False))[:-1] for row in rows])
+            batch = collate([rows], tried.device, packed=True)
+            packed = states(tried, batch)[batch.at]
+            alone = torch.cat([states(tried, collate([[row]], tried.device, packed=False))[:-1] for row in rows])
     except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False  # an architecture that was not made for it; the padded layout serves every model
     return bool((packed - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
-def _small(model: PreTrainedModel) -> PreTrainedModel:
+def small(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same architecture with few layers, 32 tokens and random float32 weights, on the CPU."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     kinds = list(getattr(text, "layer_types", None) or [])
