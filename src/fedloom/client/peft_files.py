@@ -16,7 +16,7 @@ from fedloom.factors import Scale
 from fedloom.types import ModelError, Tensors
 
 
-def save_peft(folder: Path, params: Tensors, config: peft.LoraConfig, base: str) -> None:
+def save_peft(folder: Path, params: Tensors, config: peft.PeftConfig, base: str) -> None:
     """Write `params` as a PEFT adapter folder that `peft.PeftModel.from_pretrained` loads.
 
     Args:
@@ -26,11 +26,62 @@ def save_peft(folder: Path, params: Tensors, config: peft.LoraConfig, base: str)
         base: name of the base model, written into the adapter's configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    saved = {f"base_model.model.{name}.weight": t.detach().cpu().contiguous() for name, t in sorted(params.items())}
+    saved = {
+        f"base_model.model.{_saved(name, config)}": t.detach().cpu().contiguous() for name, t in sorted(params.items())
+    }
     # written here, since `save_file` reports a full disk as a SafetensorError without its cause
     (folder / "adapter_model.safetensors").write_bytes(save(saved, metadata={"format": "pt"}))
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
+
+
+def _saved(name: str, config: peft.PeftConfig) -> str:
+    """Return the name that peft gives a tensor: matrices of LoRA are modules with a weight, all others parameters."""
+    matrix = type(config) is peft.LoraConfig and name.endswith((".lora_A", ".lora_B"))
+    return f"{name}.weight" if matrix else name
+
+
+def load_kind(folder: Path, like: peft.PeftConfig) -> dict[str, Tensor]:
+    """Read the tensors of a PEFT folder of one kind under their live names.
+
+    Args:
+        like: of that kind; what the folder says of rank and scale must be the same.
+
+    Raises:
+        ModelError: the folder holds no such adapter.
+    """
+    params = load_peft(folder)
+    told = _told(folder)
+    kind = like.peft_type.value if like.peft_type else ""
+    if told.get("peft_type") != kind:
+        raise ModelError(
+            f"{folder} holds an adapter of kind {told.get('peft_type')}, and the recipe's is {kind}; set adapter to it"
+        )
+    keys = [key for key in ("r", "init_r", "lora_alpha", "use_rslora", "use_dora") if hasattr(like, key)]
+    odd = [f"{key} is {told.get(key)!r}, the recipe's {getattr(like, key)!r}" for key in keys]
+    odd = [text for key, text in zip(keys, odd, strict=True) if told.get(key, False) != getattr(like, key)]
+    if odd:
+        raise ModelError(f"{folder}: {'; '.join(odd)}; set the adapter's knobs to its values")
+    return params
+
+
+def saved_config(folder: Path) -> peft.PeftConfig:
+    """Return the configuration of a PEFT folder.
+
+    Raises:
+        ModelError: it has none that can be read.
+    """
+    _told(folder)
+    found: peft.PeftConfig = peft.PeftConfig.from_pretrained(str(folder))
+    return found
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+    return found
 
 
 def load_peft(folder: Path, like: peft.LoraConfig | None = None) -> dict[str, Tensor]:
@@ -76,10 +127,7 @@ def read_peft(folder: Path, scale: Scale) -> dict[str, Tensor]:
 
 def _check_scale(folder: Path, like: peft.LoraConfig) -> None:
     """Refuse an adapter whose numbers would mean something else under the recipe's configuration."""
-    try:
-        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+    found = _told(folder)
     pairs = {"r": like.r, "lora_alpha": like.lora_alpha, "use_rslora": like.use_rslora}
     odd = [f"{k} is {found.get(k)!r}, the recipe's {v!r}" for k, v in pairs.items() if found.get(k, False) != v]
     if odd:
