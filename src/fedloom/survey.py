@@ -214,25 +214,25 @@ class Rehearsal:
                 return Fitted(params, 1, 1e-3, 8, 8, (1.0,), (), kept)
             case Score():
                 return Bundle(scalars={"nll": 8.0, "tokens": 8.0, "bytes": 8.0, "examples": 8.0})
-            case Losses():
-                return _losses(8 if effect.pairs is None else len(effect.pairs))
-            case Embed():
-                count = 8 if effect.prompts is None else len(effect.prompts)
-                return torch.randn(count, 8, generator=self.stream)
-            case Texts():
-                return tuple(Pair(f"question {i}", f"answer {i}") for i in range(8))
             case Gradient():
                 return {name: self._near(torch.zeros_like(t)) for name, t in effect.params.items()}
             case Generate():
                 return [""] * len(effect.prompts)
+        return self._about_rows(effect)
+
+    def _about_rows(self, effect: Any) -> Any:
+        match effect:
+            case Losses():
+                count = 8 if effect.pairs is None else len(effect.pairs)
+                return Bundle({name: torch.ones(count, dtype=torch.float64) for name in ("nll", "tokens", "bytes")})
+            case Embed():
+                return torch.randn(8 if effect.prompts is None else len(effect.prompts), 8, generator=self.stream)
+            case Texts():
+                return tuple(Pair(f"question {i}", f"answer {i}") for i in range(8))
         raise TypeError(f"{type(effect).__name__} has no made-up answer")
 
     def _near(self, t: Tensor) -> Tensor:
         return t + 0.01 * torch.randn(t.shape, generator=self.stream).to(t.dtype)
-
-
-def _losses(count: int) -> Bundle:
-    return Bundle({name: torch.ones(count, dtype=torch.float64) for name in ("nll", "tokens", "bytes")})
 
 
 def _of(ranks: Ranks, modules: Iterable[str]) -> Ranks:
