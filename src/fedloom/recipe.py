@@ -26,13 +26,15 @@ from fedloom.algorithms import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.attacks import Attack
 from fedloom.checkpoint import Checkpointing
+from fedloom.client import ada_lora as _ada_lora  # noqa: F401 - registers the adapter
+from fedloom.client import dora as _dora  # noqa: F401 - registers the adapter
+from fedloom.client import full as _full  # noqa: F401 - registers the adapter
+from fedloom.client import ia3 as _ia3  # noqa: F401 - registers the adapter
 from fedloom.client import lora_sb as _lora_sb  # noqa: F401 - registers the adapter
 from fedloom.client import p_tuning as _p_tuning  # noqa: F401 - registers the adapter
 from fedloom.client import prefix_tuning as _prefix_tuning  # noqa: F401 - registers the adapter
 from fedloom.client import prompt_tuning as _prompt_tuning  # noqa: F401 - registers the adapter
-from fedloom.client import p_tuning as _p_tuning  # noqa: F401 - registers the adapter
-from fedloom.client import prefix_tuning as _prefix_tuning  # noqa: F401 - registers the adapter
-from fedloom.client import prompt_tuning as _prompt_tuning  # noqa: F401 - registers the adapter
+from fedloom.client import rslora as _rslora  # noqa: F401 - registers the adapter
 from fedloom.client.adapters import Adapter, Lora
 from fedloom.client.models import Model
 from fedloom.client.objectives import Objective, Sft

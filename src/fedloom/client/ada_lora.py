@@ -11,7 +11,7 @@ entry the sensitivity I = |w d| (d stands for the gradient, of which it is a ste
     importance of triplet i:   s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij)
 
 and lambda becomes zero outside the b(t) most important triplets of all layers: b is n r up to round `warmup`, falls
-with the third power to n `target` and stays there for the last `final` rounds, in which the chosen triplets stay chosen.
+with the third power to n `target` and stays there for the last `final` rounds, in which the chosen triplets stay.
 
 On the wire: P, lambda and Q; b (r (d_in + d_out + 1)) a layer, pruned or not, since a triplet may come back.
 

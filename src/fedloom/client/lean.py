@@ -1,6 +1,7 @@
 """The two elementwise blocks of a Llama-like layer as one node each: fewer passes over memory, fewer things kept.
 
-    RMSNorm:  y = w * x rho,  rho = (mean(x^2) + eps)^(-1/2);   dx = rho (g - x rho mean(g x rho)),  g = w * dy.
+    RMSNorm:  y = w * x rho,  rho = (mean(x^2) + eps)^(-1/2);   dx = rho (g - x rho mean(g x rho)),  g = w * dy,
+             dw = sum dy * x rho where the weight is trained.
     SwiGLU:   y = silu(a) * b;   da = silu'(a) * b * dy,  db = silu(a) * dy.
 
 Autograd keeps a float32 copy of every norm's input and silu(a) beside a and b; these keep x and rho, and a and b. Used
@@ -35,11 +36,14 @@ class _RmsNorm(torch.autograd.Function):
         return wide.mul_(rho).to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, rho, weight = ctx.saved_tensors
         normed = x.to(rho.dtype, copy=True).mul_(rho)
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
         g = (dy * weight).to(rho.dtype)
-        return g.sub_(normed.mul_((g * normed).mean(-1, keepdim=True))).mul_(rho).to(x.dtype), None, None
+        return g.sub_(normed.mul_((g * normed).mean(-1, keepdim=True))).mul_(rho).to(x.dtype), dw, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -57,7 +61,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the root-mean-square norm (arXiv 1910.07467) of x (..., d) times a frozen weight (d,)."""
+    """Return the root-mean-square norm (arXiv 1910.07467) of x (..., d) times a weight (d,)."""
     out: Tensor = _RmsNorm.apply(x, weight, eps)
     return out
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fedloom.client.attention import states
@@ -31,6 +32,18 @@ def nll(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -
         (n,) losses; differentiable in `hidden`.
     """
     return _ChunkedNll.apply(hidden, labels, logits_of)  # type: ignore[no-any-return]
+
+
+def nll_again(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
+    """Return what `nll` does, differentiable in the output embeddings too: logits are computed again when needed."""
+
+    def chunk(part: Tensor, chosen: Tensor) -> Tensor:
+        out = logits_of(part)
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        return functional.cross_entropy(wide, chosen, reduction="none")
+
+    cuts = zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+    return torch.cat([checkpoint(chunk, part, chosen, use_reentrant=False) for part, chosen in cuts])
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -85,7 +98,10 @@ class Sft(Objective, name="sft"):
             full = full.to(torch.promote_types(full.dtype, torch.float32))
             return batch.by_client(functional.cross_entropy(full, batch.labels, reduction="none"))
         hidden = states(model, batch)[batch.at]
-        return batch.by_client(nll(lambda h: logits(model, h), hidden, batch.labels))
+        head: Any = model.get_output_embeddings()
+        moves = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
+        losses = nll_again if moves else nll
+        return batch.by_client(losses(lambda h: logits(model, h), hidden, batch.labels))
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
         return batch.terms
