@@ -9,6 +9,8 @@ the unpacking of a quantised weight are not in it. A multiplication and an addit
     attention of a row of t tokens    forward 4 t^2 d,  d = heads x head size, the square in full;   backward twice that
     logits of n labels                as a linear layer on n tokens
 
+A linear layer that is trained itself costs once more backward. Vectors, norms and embeddings cost next to nothing.
+
 Nothing flows back below the first adapted layers, so what lies there has a forward pass only, and the first adapted
 layers themselves need no gradient of their input. Virtual tokens (`Attached.virtual`) make every row so much longer:
 for all layers, or, where their keys and values are given, for attention alone.
@@ -16,18 +18,18 @@ for all layers, or, where their keys and values are given, for attention alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.client.adapted import Adapted
 from fedloom.client.adapters import SHARED_INPUTS
 from fedloom.client.attached import Attached
 from fedloom.client.fit import Job
-from fedloom.client.lora import LoraLinear
 from fedloom.client.quantize import is_linear, shape
 from fedloom.types import Fit, Tensors
 
@@ -44,6 +46,8 @@ class Shapes:
         head: weights of the output embeddings.
         attention, back: heads x head size, summed over the layers, and over those that a gradient passes through.
         edge: adapted modules whose input needs no gradient.
+        own: live name -> numbers of the linear layers' weights that are trained themselves.  own_head: of the output
+            embeddings' weight, empty where it is frozen.
         virtual: tokens before every row.  embedded: whether they go through the layers as others do.
     """
 
@@ -53,6 +57,8 @@ class Shapes:
     attention: int
     back: int
     edge: frozenset[str]
+    own: Mapping[str, int] = field(default_factory=dict)
+    own_head: str = ""
     virtual: int = 0
     embedded: bool = False
 
@@ -63,15 +69,21 @@ def shapes_of(model: PreTrainedModel, attached: Attached) -> Shapes:
     sizes = {name: _weights(one) for name, one in _linears(model) if one is not head}
     first = next((name for name in sizes if name in attached.layers), "")
     edge = {name for name in sizes if name == first or _share_input(name, first)}
+    edge = edge if getattr(attached.layers.get(first), "edge", True) else set()
     later = list(sizes)[list(sizes).index(first) :] if first else []
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers, width = config.num_hidden_layers, width * config.num_attention_heads
     if attached.virtual:
-        still = set() if attached.embedded else {name for name in sizes if _feeds_first(name)}
-        through = sum(size for name, size in sizes.items() if name not in still)
+        through = sum(size for name, size in sizes.items() if not _feeds_first(name))
         whole = sum(sizes.values()), through, _weights(head), layers * width, layers * width
-        return Shapes(*whole, frozenset(), attached.virtual, attached.embedded)
+        return Shapes(*whole, frozenset(), virtual=attached.virtual, embedded=attached.embedded)
+    if attached.whole:
+        own = {f"{name}.weight": size for name, size in sizes.items()}
+        weight = head.weight if head is not None else None
+        own_head = next((name for name, p in model.named_parameters() if p is weight), "")
+        whole = sum(sizes.values()), sum(sizes.values()), _weights(head), layers * width, layers * width
+        return Shapes(*whole, frozenset(), own, own_head)
     return Shapes(
         forward=sum(sizes.values()),
         through=sum(sizes[name] for name in later if name not in edge),
@@ -99,13 +111,16 @@ def of_rows(shapes: Shapes, effect: Fit, lengths: Sequence[int], labels: Sequenc
         lengths, labels: tokens and labels of every row that was trained on, again each time it was.
     """
     low, back = _low_rank(shapes.edge, effect.start, effect.trainable)
+    moves = effect.trainable or (lambda name: True)
+    back += sum(size for name, size in shapes.own.items() if moves(name))
     more, read = shapes.virtual, shapes.virtual if shapes.embedded else 0
-    tokens, squares = sum(n + read for n in lengths), sum((n + read) * (n + more) for n in lengths)
+    tokens, squares = sum(n + read for n in lengths), sum(n * (n + more) + read * more for n in lengths)
     logits = 2.0 * sum(labels) * shapes.head
     forward = 2.0 * tokens * (shapes.forward + low) + 4.0 * squares * shapes.attention + logits
     if effect.order == "zeroth":
         return 2 * forward
-    return forward + 2.0 * tokens * (shapes.through + back) + 8.0 * squares * shapes.back + logits
+    own_head = logits if shapes.own_head and moves(shapes.own_head) else 0.0
+    return forward + 2.0 * tokens * (shapes.through + back) + 8.0 * squares * shapes.back + logits + own_head
 
 
 def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool] | None) -> tuple[int, int]:
@@ -122,19 +137,19 @@ def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool]
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the linear layers in the model's order, those under a LoRA layer by the name of that layer."""
-    inside = {id(one.base) for one in model.modules() if isinstance(one, LoraLinear)}
+    """Return the linear layers in the model's order, those under an adapter's layer by the name of that layer."""
+    inside = {id(one.base) for one in model.modules() if isinstance(one, Adapted)}
     return [
         (name, one)
         for name, one in model.named_modules()
-        if isinstance(one, LoraLinear) or ((is_linear(one) or isinstance(one, Conv1D)) and id(one) not in inside)
+        if isinstance(one, Adapted) or ((is_linear(one) or isinstance(one, Conv1D)) and id(one) not in inside)
     ]
 
 
 def _weights(layer: nn.Module | None) -> int:
     if layer is None:
         return 0
-    rows, columns = (layer.d_out, layer.d_in) if isinstance(layer, LoraLinear) else _shape(layer)
+    rows, columns = (layer.d_out, layer.d_in) if isinstance(layer, Adapted) else _shape(layer)
     return rows * columns
 
 

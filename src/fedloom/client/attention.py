@@ -8,7 +8,7 @@ With q of a piece and k, v of the piece and of what it follows, per head, s the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,15 +25,19 @@ NAME = "fedloom_packed"
 
 
 class _Packed(torch.autograd.Function):
-    """q (t, heads, d), k and v (t, key heads, d) -> (t, heads, d); heads / key heads query heads share a key head."""
+    """q (t, heads, d), k and v (t, key heads, d) -> (t, heads, d); heads / key heads query heads share a key head.
+
+    Further keys come before those of the t tokens: each client's virtual tokens, client after client.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, scale: float, window: int | None
     ) -> Tensor:
-        out = torch.empty_like(q)
+        out, virtual = torch.empty_like(q), (len(k) - len(q)) // pieces.clients
         for piece in pieces.pieces:
-            o = torch.bmm(_probabilities(q, k, piece, pieces.mask(piece, window, q), scale), _keys(v, piece))
+            seen, mask = piece.seen(virtual, pieces.clients), pieces.mask(piece, virtual, window, q)
+            o = torch.bmm(_probabilities(_queries(q, piece, k.shape[1]), _keys(k, seen), mask, scale), _keys(v, seen))
             _cut(out, piece).copy_(o.view(q.shape[1], piece.length, -1).transpose(0, 1))
         ctx.save_for_backward(q, k, v)
         ctx.pieces, ctx.scale, ctx.window = pieces, scale, window
@@ -43,24 +47,27 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for piece in ctx.pieces.pieces:
+        pieces, virtual = ctx.pieces, (len(k) - len(q)) // ctx.pieces.clients
+        for piece in pieces.pieces:
+            seen, mask = piece.seen(virtual, pieces.clients), pieces.mask(piece, virtual, ctx.window, q)
+            queries, keys = _queries(q, piece, k.shape[1]), _keys(k, seen)
             # made again rather than kept: they would be a fifth of all that a pass keeps, for 2 % of its time
-            probabilities = _probabilities(q, k, piece, ctx.pieces.mask(piece, ctx.window, q), ctx.scale)
+            probabilities = _probabilities(queries, keys, mask, ctx.scale)
             d_out = _queries(do, piece, k.shape[1])
             d_scores = torch.ops.aten._softmax_backward_data(
-                torch.bmm(d_out, _keys(v, piece).mT), probabilities, -1, probabilities.dtype
+                torch.bmm(d_out, _keys(v, seen).mT), probabilities, -1, probabilities.dtype
             ).mul_(ctx.scale)
-            d_query = torch.bmm(d_scores, _keys(k, piece))
+            d_query = torch.bmm(d_scores, keys)
             _cut(dq, piece).copy_(d_query.view(q.shape[1], piece.length, -1).transpose(0, 1))
-            _add(dk, piece, torch.bmm(d_scores.mT, _queries(q, piece, k.shape[1])))
-            _add(dv, piece, torch.bmm(probabilities.mT, d_out))
+            _add(dk, seen, torch.bmm(d_scores.mT, queries))
+            _add(dv, seen, torch.bmm(probabilities.mT, d_out))
         return dq, dk, dv, None, None, None
 
 
-def _probabilities(q: Tensor, k: Tensor, piece: Piece, mask: Tensor, scale: float) -> Tensor:
+def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return a piece's P: (key heads, query heads of one x tokens, tokens that it sees)."""
-    scores = torch.bmm(_queries(q, piece, k.shape[1]) * scale, _keys(k, piece).mT)
-    per_head = scores.view(q.shape[1], piece.length, -1)
+    scores = torch.bmm(queries * scale, keys.mT)
+    per_head = scores.view(-1, *mask.shape)
     return torch.softmax(per_head.add_(mask), -1).view(scores.shape)
 
 
@@ -73,19 +80,17 @@ def _queries(q: Tensor, piece: Piece, groups: int) -> Tensor:
     return _cut(q, piece).transpose(0, 1).reshape(groups, -1, q.shape[-1])
 
 
-def _keys(k: Tensor, piece: Piece) -> Tensor:
+def _keys(k: Tensor, seen: Sequence[tuple[int, int]]) -> Tensor:
     """Return the keys that a piece sees: (key heads, past + own, d)."""
-    own, (start, length) = k[piece.start - piece.run : piece.start + piece.length], piece.before
-    seen = torch.cat([k[start : start + length], own]) if length else own
-    return seen.transpose(0, 1)
+    parts = [k[start : start + length] for start, length in seen]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).transpose(0, 1)
 
 
-def _add(grad: Tensor, piece: Piece, part: Tensor) -> None:
+def _add(grad: Tensor, seen: Sequence[tuple[int, int]], part: Tensor) -> None:
     """Add the gradient of the keys that a piece sees, (key heads, past + own, d)."""
-    part, (start, length) = part.transpose(0, 1), piece.before
-    if length:
-        grad[start : start + length] += part[:length]
-    grad[piece.start - piece.run : piece.start + piece.length].add_(part[length:])
+    cuts = part.transpose(0, 1).split([length for _, length in seen])
+    for (start, length), cut in zip(seen, cuts, strict=True):
+        grad[start : start + length].add_(cut)
 
 
 def attend(  # noqa: PLR0913, PLR0917

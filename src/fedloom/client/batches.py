@@ -29,17 +29,30 @@ class Piece:
         start, length: where its tokens are in the packed row.
         run: tokens right before it that belong to its row too.
         before: (start, length) of the shared beginning that the row follows; (0, 0) where there is none.
+        client: whose row it is, counted in the pass.
     """
 
     start: int
     length: int
     run: int = 0
     before: tuple[int, int] = (0, 0)
+    client: int = 0
 
     @property
     def past(self) -> int:
         """Return how many tokens come before it in its row."""
         return self.before[1] + self.run
+
+    def seen(self, virtual: int, clients: int) -> list[tuple[int, int]]:
+        """Return where the keys that it sees lie, as (start, length), behind all clients' virtual tokens.
+
+        Args:
+            virtual: tokens of one client that are keys and no tokens of the row.  clients: of the pass.
+        """
+        first = virtual * clients
+        own = first + self.start - self.run, self.run + self.length
+        parts = (self.client * virtual, virtual), (first + self.before[0], self.before[1]), own
+        return [part for part in parts if part[1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +60,28 @@ class Pieces:
     """How a packed row is cut, and the masks that its layers share.
 
     Attributes:
-        pieces: disjoint and complete.
+        pieces: disjoint and complete.  clients: of the pass.
     """
 
     pieces: tuple[Piece, ...]
+    clients: int = 1
     _masks: dict[object, Tensor] = field(default_factory=dict)
 
-    def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor:
+    def mask(self, piece: Piece, virtual: int, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to a piece's scores: (length, past + length), 0 where it looks, else -inf.
 
         Args:
+            virtual: tokens that come before the row.
             window: a token sees itself and at most window - 1 tokens before it; None: all.
             like: gives dtype and device.
         """
-        key = (piece.length, piece.past, window)
+        past = virtual + piece.past
+        key = (piece.length, past, window)
         if key not in self._masks:
-            ones = torch.ones(piece.length, piece.past + piece.length, dtype=torch.bool, device=like.device)
-            seen = ones.tril(piece.past)
+            ones = torch.ones(piece.length, past + piece.length, dtype=torch.bool, device=like.device)
+            seen = ones.tril(past)
             if window is not None:
-                seen &= ones.triu(piece.past - window + 1)
+                seen &= ones.triu(past - window + 1)
             self._masks[key] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
                 ~seen, float("-inf")
             )
@@ -135,16 +151,16 @@ def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: b
     labels: list[Tensor] = []
     pieces: list[Piece] = []
     spans, terms, end = [], [], 0
-    for client in clients:
+    for k, client in enumerate(clients):
         first, shared = end, common(client) if share else 0
         before = (end, shared) if shared else (0, 0)
         if shared:
-            pieces += _pieces(end, shared, (0, 0))
+            pieces += _pieces(end, shared, (0, 0), k)
             ids.append(client[0].ids[:shared])
             positions.append(torch.arange(shared))
             end += shared
         for row in client:
-            pieces += _pieces(end, len(row.ids) - shared, before)
+            pieces += _pieces(end, len(row.ids) - shared, before, k)
             ids.append(row.ids[shared:])
             positions.append(torch.arange(shared, len(row.ids)))
             where = row.train[1:].nonzero()[:, 0]
@@ -160,7 +176,7 @@ def _packed(clients: Sequence[Sequence[Example]], device: torch.device, share: b
         tuple(spans),
         tuple(terms),
         torch.cat(positions)[None].to(device),
-        Pieces(tuple(pieces)),
+        Pieces(tuple(pieces), len(clients)),
         _weights([row for client in clients for row in client], device),
     )
 
@@ -173,10 +189,10 @@ def _weights(rows: Sequence[Example], device: torch.device) -> Tensor | None:
     return torch.tensor([row.weight for row in rows], dtype=torch.float64).repeat_interleave(counts).to(device)
 
 
-def _pieces(start: int, length: int, before: tuple[int, int]) -> list[Piece]:
+def _pieces(start: int, length: int, before: tuple[int, int], client: int) -> list[Piece]:
     """Cut a row so that no piece has more than `PIECE_TOKENS`: then little is computed that the mask throws away."""
     runs = range(0, length, PIECE_TOKENS)
-    return [Piece(start + run, min(PIECE_TOKENS, length - run), run, before) for run in runs]
+    return [Piece(start + run, min(PIECE_TOKENS, length - run), run, before, client) for run in runs]
 
 
 def common(rows: Sequence[Example]) -> int:

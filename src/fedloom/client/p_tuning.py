@@ -83,6 +83,14 @@ class Moved(Stack):
         with torch.no_grad():
             self._offset = torch.stack([start.to(self.flat) for start in starts]) - encode(self.views)
 
+    def pack(self, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if EMBEDDINGS in tensors:
+            raise ModelError(
+                "adapter.share=embeddings: what is added to the embeddings' gradient, or to themselves, has no place "
+                "in the encoder that moves them; set adapter.share=encoder, or adapter=prompt-tuning"
+            )
+        return super().pack(tensors, device, dtype)
+
     def embeddings(self) -> Tensor:
         """Return E (K, m, d)."""
         return self._offset + encode(self.views)

@@ -26,7 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedloom.client.adapted import Owners
 from fedloom.client.attached import Attached
-from fedloom.client.attention import small
+from fedloom.client.attention import NAME, small
+from fedloom.client.batches import Piece, Pieces
 from fedloom.client.bundled import reading
 from fedloom.client.peft_files import load_peft
 from fedloom.client.prompts import plain
@@ -77,13 +78,14 @@ class Backbone:
     """The backbone of a resident model, with virtual tokens in front of all that it reads.
 
     Attributes:
-        layers: how many layers of keys and values it has.
+        layers: how many layers of keys and values it has.  tokens: virtual ones of each client.
         pairs: gives the keys and values of the K clients' virtual tokens, layer by layer; None: there are none.
         owners: whose rows a pass holds.
     """
 
-    def __init__(self, model: PreTrainedModel, owners: Owners) -> None:
-        self.module, self.config, self.owners = model.base_model, model.config.get_text_config(), owners
+    def __init__(self, model: PreTrainedModel, tokens: int, owners: Owners) -> None:
+        self.module, self.config, self.owners = model.get_decoder(), model.config.get_text_config(), owners
+        self.tokens = tokens
         self.plain: Callable[..., Any] = self.module.forward
         self.layers = int(self.config.num_hidden_layers)
         self.pairs: Callable[[], list[Pair]] | None = None
@@ -106,8 +108,9 @@ class Backbone:
         own, wanted = given.get("past_key_values"), given.get("use_cache")
         if own is None and (self.config.use_cache if wanted is None else wanted):
             own = DynamicCache(config=self.config)
-        pairs = [self._by_rows(keys, values, rows, width) for keys, values in self._pairs(own is not None)]
-        mask, positions, tokens = given.get("attention_mask"), given.get("position_ids"), pairs[0][0].shape[-2]
+        lay = self._in_one_row if given.get("pieces") is not None else self._by_rows
+        pairs = [(lay(keys, rows, width), lay(values, rows, width)) for keys, values in self._pairs(own is not None)]
+        mask, positions, tokens = given.get("attention_mask"), given.get("position_ids"), self.tokens
         if mask is not None:
             if mask.dim() != 2:
                 raise ModelError("virtual tokens need a mask of rows x tokens, and this caller gave one of queries")
@@ -122,10 +125,22 @@ class Backbone:
 
     def pairs_of(self, embeddings: Tensor) -> list[Pair]:
         """Return the keys and values that the backbone computes for (K, m, d) embeddings, layer by layer."""
-        cache = Cache(layers=[_Seen() for _ in range(self.layers)])
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-        self.plain(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=False)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        cache, (clients, tokens) = Cache(layers=[_Seen() for _ in range(self.layers)]), embeddings.shape[:2]
+        positions = torch.arange(tokens, device=embeddings.device)[None]
+        if self.config._attn_implementation != NAME:
+            self.plain(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=False)
+            return [(layer.keys, layer.values) for layer in cache.layers]
+        # within `by_piece` the model attends to packed rows alone
+        pieces = Pieces(tuple(Piece(k * tokens, tokens, client=k) for k in range(clients)), clients)
+        self.plain(
+            inputs_embeds=embeddings.flatten(0, 1)[None],
+            position_ids=positions.repeat(1, clients),
+            past_key_values=cache,
+            use_cache=False,
+            pieces=pieces,
+        )
+        cut = [[t[0].unflatten(1, (clients, tokens)).transpose(0, 1) for t in (x.keys, x.values)] for x in cache.layers]
+        return [(keys, values) for keys, values in cut]
 
     def _pairs(self, cached: bool) -> list[Pair]:
         """Return the clients' keys and values; token by token of an answer, they are those of the first."""
@@ -137,14 +152,18 @@ class Backbone:
             self._kept = self.pairs()
         return self._kept
 
-    def _by_rows(self, keys: Tensor, values: Tensor, rows: int, width: int) -> Pair:
-        """Give each row what its client has: rows of a pass belong to clients in runs."""
-        clients = len(keys)
+    def _by_rows(self, given: Tensor, rows: int, width: int) -> Tensor:
+        """Give each row what its client has, of (K, heads, m, d): rows of a pass belong to clients in runs."""
+        clients = len(given)
         if clients == 1:
-            return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+            return given.expand(rows, -1, -1, -1)
         counts = torch.tensor(self.owners.tokens or [rows * width // clients] * clients) // width
-        owner = torch.arange(clients).repeat_interleave(counts).to(keys.device)
-        return keys[owner], values[owner]
+        return given[torch.arange(clients).repeat_interleave(counts).to(given.device)]
+
+    @staticmethod
+    def _in_one_row(given: Tensor, rows: int, width: int) -> Tensor:
+        """Put what the clients have side by side, as `attention.attend` looks for it in a packed row."""
+        return given.transpose(0, 1).flatten(1, 2)[None]
 
 
 def key_shape(adapter: str, model: PreTrainedModel) -> tuple[int, int]:
@@ -167,7 +186,7 @@ def key_shape(adapter: str, model: PreTrainedModel) -> tuple[int, int]:
             f"adapter={adapter}: {kind} has layers that do not see every earlier token (sliding windows, recurrent or "
             f"linear attention), so virtual tokens would go out of sight; {advice}"
         )
-    if "inputs_embeds" not in inspect.signature(model.base_model.forward).parameters:
+    if "inputs_embeds" not in inspect.signature(model.get_decoder().forward).parameters:
         raise ModelError(f"adapter={adapter}: {kind} takes no embeddings as input; {advice}")
     try:
         error, shapes = _trial(model)
@@ -185,15 +204,20 @@ def key_shape(adapter: str, model: PreTrainedModel) -> tuple[int, int]:
 def _trial(model: PreTrainedModel) -> tuple[float, set[tuple[int, int]]]:
     """Return the relative error of hidden states, and the (key heads, head size) that layers have."""
     tried = small(model)
-    backbone, ids = Backbone(tried, Owners()), torch.arange(3, 14)[None]
-    whole = tried.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 5:]
+    backbone, ids = Backbone(tried, 5, Owners()), torch.arange(3, 14)[None]
+    passes = (
+        lambda row: tried.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -6:],
+        lambda row: tried(input_ids=row, use_cache=False).logits[0, -6:],
+    )
+    whole = [one(ids) for one in passes]
     front = backbone.pairs_of(tried.get_input_embeddings()(ids[:, :5]))
     backbone.pairs = lambda: front
-    behind = tried.base_model(input_ids=ids[:, 5:], use_cache=False).last_hidden_state
+    behind = [one(ids[:, 5:]) for one in passes]
     if any(keys.shape[2] != 5 for keys, _ in front):
         raise ValueError("its layers do not tell their keys")
     shapes = {(int(t.shape[1]), int(t.shape[3])) for pair in front for t in pair}
-    return float((whole - behind).abs().max() / whole.abs().max()), shapes
+    errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(whole, behind, strict=True)]
+    return float(max(errors)), shapes
 
 
 class AttachedVirtual(Attached):
@@ -205,7 +229,6 @@ class AttachedVirtual(Attached):
         width: numbers of one virtual token.
     """
 
-    packs: ClassVar[bool] = False
     kinds: ClassVar[frozenset[peft.PeftType]]
     """Of PEFT folders whose numbers mean the same here."""
 
@@ -215,7 +238,7 @@ class AttachedVirtual(Attached):
         self.adapter, self.model, self.config = adapter, model, config
         (self.virtual, self.width), self.owners = shape, Owners()
         self.layers = {n: one for n, one in model.named_modules() if isinstance(one, GradientCheckpointingLayer)}
-        self.backbone = Backbone(model, self.owners)
+        self.backbone = Backbone(model, self.virtual, self.owners)
         self.stack: Stack | None = None
         config.num_virtual_tokens, config.task_type = self.virtual, peft.TaskType.CAUSAL_LM
         config.num_transformer_submodules, config.num_layers = 1, self.backbone.layers
