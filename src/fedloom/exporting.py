@@ -102,7 +102,7 @@ def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
         "---",
         f"base_model: {_portable(base_name(recipe))}",
         f"library_name: {library}",
-        "tags: [federated-learning, lora, fedloom]",
+        f"tags: [federated-learning, {recipe.adapter.part_name}, fedloom]",
         "---",
         f"# {run.name}",
         "",

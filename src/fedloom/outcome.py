@@ -128,8 +128,9 @@ def export(
 
     `adapter/` is the global adapter; `adapters/<client>/<slot>/` are personal ones. Where the method changed the base,
     the adapter holds that too, at the summed rank; once the change is dense, `merged/` is written instead: the whole
-    model with everything added. The hash is the SHA-256 of the global adapter's tensors file, or of all personal ones
-    in client order, or of the merged weights.
+    model with everything added. So it is, for personal ones in their own folders, where all weights were trained. The
+    hash is the SHA-256 of the global adapter's tensors file, or of all personal ones in client order, or of the merged
+    weights.
     """
     name = assets.loaded.spec.name
     base = BUNDLED[name].hub_id if name in BUNDLED else name
@@ -141,12 +142,16 @@ def export(
         return _write_merged(folder / "merged", assets, state, next(iter(slots.values())))
     if state.base:
         slots = {slot: summed(state.base, params, recipe.adapter.scale) for slot, params in slots.items()}
-    places: list[tuple[Path, Any]] = [(folder / "adapter", p) for p in slots.values()]
+    shared = folder / ("merged" if assets.attached.whole else "adapter")
+    places: list[tuple[Path, Any]] = [(shared, p) for p in slots.values()]
     if recipe.algorithm.personal:
         for client in clients:
             slots = recipe.algorithm.export(state, memories.load(client))
             places += [(folder / "adapters" / client / slot, params) for slot, params in slots.items()]
     for place, params in places:
+        if assets.attached.whole:
+            digest.update(_write_merged(place, assets, state, params).encode())
+            continue
         assets.attached.save(place, params, base)
         digest.update((place / "adapter_model.safetensors").read_bytes())
     return digest.hexdigest()

@@ -6,11 +6,13 @@ import time
 
 import numpy as np
 
+from fedloom import tensors
 from fedloom.attacks import Attack
 from fedloom.client.batches import collate, passes
 from fedloom.client.models import Model
 from fedloom.client.trainer import step_rows
 from fedloom.outcome import peak_rss
+from fedloom.settle import COPIES
 from fedloom.tracking import Plan
 from fedloom.units import human_bytes, human_seconds
 from fedloom.wire import codec
@@ -19,6 +21,8 @@ from fedloom.world import World
 ROUNDS_LOOKED_AT = 3
 PROBE_TOKENS = 512
 NAMES_TOLD = 8
+PROBED = 3
+"""Copies of a client's tensors that the timed pass has made: what is sent, values, gradients; moments were not."""
 
 
 def make_plan(world: World, start: int) -> Plan:
@@ -36,6 +40,7 @@ def make_plan(world: World, start: int) -> Plan:
     speed = _speed(world)
     rounds = recipe.rounds - start
     seconds = rounds * tokens / (speed * recipe.runtime.lanes(recipe))
+    memory = human_bytes(_memory(world))
     owned = [len(data.train) for data in split.clients.values()]
     left = f", {split.left.total} left out ({split.left.too_long} too long)" if split.left.total else ""
     lines = [
@@ -58,7 +63,7 @@ def make_plan(world: World, start: int) -> Plan:
         ("messages", f"{human_bytes(down)} down and about as much up a round"),
         (
             "expected",
-            f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; from {human_bytes(peak_rss())} of memory",
+            f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; from {memory} of memory",
         ),
     ]
     return Plan(
@@ -71,6 +76,13 @@ def make_plan(world: World, start: int) -> Plan:
         len(world.clients),
         tokens * rounds,
     )
+
+
+def _memory(world: World) -> int:
+    """Return what a round takes at least: what this process has used so far, and what training adds for each client."""
+    clients = world.recipe.runtime.cohort
+    lanes = clients if isinstance(clients, int) else 1
+    return peak_rss() + lanes * (COPIES - PROBED) * tensors.nbytes(world.assets.initial)
 
 
 def _stored(model: Model) -> str:

@@ -50,7 +50,7 @@ def reevaluate(
         raise RecipeError(f"fedloom eval sets evaluate=... only; got {odd[0]!r}")
     recipe = recipes.load(read_recipe(run).dump(), settings)
     regime = recipe.algorithm.regime if adapter is None else "adapter"
-    stateful = (run / "adapters").is_dir() or recipe.algorithm.changes_base
+    stateful = (run / "adapters").is_dir() or (run / "merged").is_dir() or recipe.algorithm.changes_base
     if adapter is None and checkpoint is None and stateful:
         # personal adapters are evaluated by their algorithm, from the clients' memories; a changed base by its log
         checkpoint = "latest"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
-
 from fedloom import recipe as recipes
 from fedloom.checkpoint import Checkpoints, MemoryStore
-from fedloom.client.adapters import Lora
-from fedloom.client.attached import Attached, check_fit
+from fedloom.client.adapters import Adapter
+from fedloom.client.attached import Attached
 from fedloom.client.models import Loaded, Model, load_model
-from fedloom.client.peft_files import load_peft
+from fedloom.client.peft_files import load_peft, saved_config
 from fedloom.recipe import Recipe
 from fedloom.types import Merge, ModelError, RecipeError, Tensors
 
@@ -122,23 +120,25 @@ def reopen(run: Path, checkpoint: str | None = None, client: str | None = None) 
 
 
 def load(model: Model, adapter: Path | None) -> Loaded:
-    """Load a model, without adapter or with that of a PEFT LoRA folder in its layers.
+    """Load a model, without adapter or with that of a PEFT folder in its layers.
 
     Raises:
         ModelError: a folder cannot be read, or the adapter does not fit the model.
     """
     if adapter is None:
         return load_model(model)
-    params, saved = load_peft(adapter), peft.LoraConfig.from_pretrained(str(adapter))
-    targets = saved.target_modules
-    lora = Lora(
-        r=saved.r,
-        alpha=saved.lora_alpha,
-        rslora=saved.use_rslora,
-        targets="all-linear" if targets == "all-linear" else tuple(sorted(targets or ())),
-    )
-    loaded = load_model(model)
-    attached = lora.attach(loaded.model)
-    check_fit(params, attached.shapes())
-    attached.load([params])
+    part = _described(adapter)
+    params, loaded = part.read(adapter), load_model(model)
+    part.attach(loaded.model).load([params])
     return loaded
+
+
+def _described(folder: Path) -> Adapter:
+    """Return the part that a PEFT folder's configuration describes."""
+    load_peft(folder)  # what holds no adapter at all is told by its own sentence
+    saved = saved_config(folder)
+    kinds = [kind for kind in Adapter.known.values() if issubclass(kind, Adapter)]
+    found = next((part for kind in kinds if (part := kind.from_peft(saved)) is not None), None)
+    if found is None:
+        raise ModelError(f"{folder} holds an adapter of kind {saved.peft_type}, which has no part here")
+    return found

@@ -125,7 +125,9 @@ def _too_large(recipe: Recipe, assets: Assets, need: int, free: int) -> str:
     knobs = [f"trainer.micro_tokens below {micro}"] if micro > longest else []
     knobs += [f"data.max_tokens below {longest} (the longest row)"]
     knobs += [] if recipe.trainer.checkpointing else ["trainer.checkpointing=true"]
-    knobs += ["a smaller adapter.r"] + (["model.quantize=int8 or nf4"] if recipe.model.quantize == "none" else [])
+    knobs += ["a smaller adapter.r"] if "r" in type(recipe.adapter).model_fields else []
+    plain = recipe.model.quantize == "none" and not assets.attached.whole
+    knobs += (["model.quantize=int8 or nf4"] if plain else []) + (["adapter=lora"] if assets.attached.whole else [])
     return (
         f"trainer: one training pass of {max(longest, micro)} tokens needs about "
         f"{human_bytes(need)} beside the model, and {human_bytes(free)} are free on {recipe.model.device}; set "

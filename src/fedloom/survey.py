@@ -6,6 +6,7 @@ is what the code does. Layers of one shape cost the same: one of each is compute
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ from fedloom.types import (
 )
 
 ROUNDS = 3
+FEW = 4
+"""Numbers along a dimension of a tensor that stands for a larger one."""
 TOY = {"layer": (64, 64)}
 """A layer to look at where there is no recipe: (d_out, d_in)."""
 
@@ -48,13 +51,16 @@ class Shapes:
 
     Attributes:
         layers: one name of each kind -> (d_out, d_in).  counts: of the layers of its kind.
-        ranks: of the clients, for these layers.  dtype: of the adapter.
+        ranks: of the clients, for these layers; None: the adapter has no LoRA factors.  dtype: of the adapter.
+        tensors: instead of layers where there are no factors: one name of each kind -> a shape of few numbers, which
+            counts as often as the tensors of its kind have as many numbers.
     """
 
     layers: Mapping[str, tuple[int, int]]
-    counts: Mapping[str, int]
-    ranks: Ranks
+    counts: Mapping[str, float]
+    ranks: Ranks | None
     dtype: torch.dtype
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -86,17 +92,28 @@ def shapes_of(recipe: Recipe, clients: Sequence[str]) -> Shapes:
     resolved = recipe.resolved()
     attached = resolved.adapter.attach(skeleton(resolved.model))
     ranks = resolved.adapter.lora_ranks(attached, clients)
+    wide = torch.promote_types(DTYPES[resolved.model.dtype], torch.float32)
     if ranks is None:
-        raise TypeError(f"adapter {recipe.adapter.part_name} has no LoRA factors")
+        return _of_tensors(attached.shapes(), wide)
     layers: dict[str, tuple[int, int]] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     kinds: dict[tuple[object, ...], str] = {}
     for module, layer in attached.layers.items():
         kind = (layer.d_out, layer.d_in, *(ranks.of(client)[module] for client in clients))
         name = kinds.setdefault(kind, module)
         layers[name], counts[name] = (layer.d_out, layer.d_in), counts.get(name, 0) + 1
-    wide = torch.promote_types(DTYPES[resolved.model.dtype], torch.float32)
     return Shapes(layers, counts, _of(ranks, tuple(layers)), wide)
+
+
+def _of_tensors(whole: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Shapes:
+    kinds: dict[tuple[object, ...], str] = {}
+    counts: dict[str, float] = {}
+    small: dict[str, tuple[int, ...]] = {}
+    for name, shape in whole.items():
+        one = kinds.setdefault((name.rpartition(".")[2], *shape), name)
+        small[one] = tuple(min(size, FEW) for size in shape)
+        counts[one] = counts.get(one, 0.0) + math.prod(shape) / math.prod(small[one])
+    return Shapes({}, counts, None, dtype, small)
 
 
 def toy_shapes(rank: int = 8) -> Shapes:
@@ -176,6 +193,10 @@ class Rehearsal:
     def draw(self, round_: int) -> dict[str, Tensor]:
         """Return an adapter of the layers: A random, B zero, and R where the algorithm trains one."""
         stream, params = seeds.generator(0, round_, None, "survey"), {}
+        if self.shapes.ranks is None:
+            return {
+                name: torch.randn(s, generator=stream).to(self.shapes.dtype) for name, s in self.shapes.tensors.items()
+            }
         for module, (d_out, d_in) in self.shapes.layers.items():
             rank = self.shapes.ranks.whole[module]
             params[f"{module}.lora_A"] = torch.randn(rank, d_in, generator=stream).to(self.shapes.dtype)
@@ -192,7 +213,7 @@ class Rehearsal:
     def client(self, name: str, round_: int) -> Client:
         """Return what a client sees."""
         ranks, draw = self.shapes.ranks, self.draw
-        if self.algorithm.mixed_ranks:
+        if self.algorithm.mixed_ranks and ranks is not None:
             draw = lambda round_: ranks.cut(self.draw(round_), name)
         return Client(name, round_, self.memories[name], 8, self.algorithm.weight(8), draw(0), draw, ranks)
 
@@ -243,17 +264,19 @@ def _of(ranks: Ranks, modules: Iterable[str]) -> Ranks:
 
 
 def _module(name: str, shapes: Shapes) -> str | None:
+    if shapes.tensors:
+        return max((one for one in shapes.tensors if one in name), key=len, default=None)
     return next((module for module in shapes.layers if f"{module}." in name), None)
 
 
 def _size(message: Message, shapes: Shapes) -> float:
     """Return the tensor bytes of a message, for the whole model."""
-    total = 0
+    total = 0.0
     for bundle in message.groups.values():
         for name, t in bundle.tensors.items():
             module = _module(name, shapes)
             total += t.numel() * t.element_size() * (shapes.counts[module] if module else 1)
-    return float(total)
+    return total
 
 
 def _note(seen: dict[str, set[str]], groups: Mapping[str, Bundle], shapes: Shapes) -> None:

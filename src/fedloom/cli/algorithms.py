@@ -33,6 +33,8 @@ def table(recipe: Recipe | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     shapes = toy_shapes() if recipe is None else shapes_of(recipe, clients)
     for name, kind in sorted(Algorithm.known.items()):
         assert issubclass(kind, Algorithm)
+        if shapes.ranks is None and (kind.needs_lora or kind.needs_core):
+            continue  # there is nothing that it could send; `misfits` says why
         found = survey(kind(), base, clients, shapes)
         others = partners(kind) if found.up else []
         row = (name, found.paper, told(found.shares), told(found.keeps), ", ".join(others))

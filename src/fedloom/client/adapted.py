@@ -32,6 +32,9 @@ class Adapted(nn.Module):
         enabled: False computes the base alone.
     """
 
+    edge: bool = True
+    """Whether, where nothing is trained below it, its backward pass needs no product with the weight."""
+
     def __init__(self, base: nn.Module, owners: Owners) -> None:
         super().__init__()
         self.base, self.spans, self.enabled = base, owners, False

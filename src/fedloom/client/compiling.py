@@ -11,12 +11,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedloom.client import attention
-from fedloom.client.lora import LoraLinear
+from fedloom.client.adapted import Adapted
 from fedloom.types import ModelError
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the model's decoder layers, in place, each with any number of tokens; LoRA is attached before.
+    """Compile the model's decoder layers, in place, each with any number of tokens; the adapter is attached before.
 
     Raises:
         ModelError: the model has no decoder layers that could be found.
@@ -29,6 +29,6 @@ def compile_layers(model: PreTrainedModel) -> None:
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
     for layer in layers:
         for module in layer.modules():
-            if isinstance(module, LoraLinear):
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            if isinstance(module, Adapted):
+                module.forward = torch.compiler.disable(module.forward)
         layer.compile(dynamic=True)

@@ -51,7 +51,7 @@ class Ia3Linear(Adapted):
 
     def __init__(self, base: nn.Module, owners: Owners, feedforward: bool) -> None:
         super().__init__(base, owners)
-        self.feedforward = feedforward
+        self.feedforward, self.edge = feedforward, not feedforward
 
     @property
     def shape(self) -> tuple[int, int]:
