@@ -175,6 +175,6 @@ def _with_rank(name: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[int
     """Return the shape with the rank of the tensors' own A."""
     module, _, factor = name.rpartition(".")
     a = tensors.get(f"{module}.lora_A")
-    if a is None or a.dim() != 2 or not len(a):
+    if factor not in ("lora_A", "lora_B") or a is None or a.dim() != 2 or not len(a):
         return shape
     return (len(a), shape[1]) if factor == "lora_A" else (shape[0], len(a))
