@@ -41,7 +41,7 @@ from fedloom.types import (
 ROUNDS = 3
 FEW = 4
 """Numbers along a dimension of a tensor that stands for a larger one."""
-TOY = {"layer": (64, 64)}
+TOY = {"layers.0.linear": (64, 64)}
 """A layer to look at where there is no recipe: (d_out, d_in)."""
 
 
@@ -244,16 +244,22 @@ class Rehearsal:
     def _about_rows(self, effect: Any) -> Any:
         match effect:
             case Losses():
-                count = 8 if effect.pairs is None else len(effect.pairs)
+                count = len(_chosen(effect.rows) if effect.pairs is None else effect.pairs)
                 return Bundle({name: torch.ones(count, dtype=torch.float64) for name in ("nll", "tokens", "bytes")})
             case Embed():
-                return torch.randn(8 if effect.prompts is None else len(effect.prompts), 8, generator=self.stream)
+                asked = _chosen(effect.rows) if effect.prompts is None else effect.prompts
+                return torch.randn(len(asked), 8, generator=self.stream)
             case Texts():
                 return tuple(Pair(f"question {i}", f"answer {i}") for i in range(8))
         raise TypeError(f"{type(effect).__name__} has no made-up answer")
 
     def _near(self, t: Tensor) -> Tensor:
         return t + 0.01 * torch.randn(t.shape, generator=self.stream).to(t.dtype)
+
+
+def _chosen(rows: Sequence[int] | None) -> Sequence[int]:
+    """Return the own rows that an effect asks about, of the eight that every client has."""
+    return range(8) if rows is None else rows
 
 
 def _of(ranks: Ranks, modules: Iterable[str]) -> Ranks:

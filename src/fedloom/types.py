@@ -183,11 +183,13 @@ class Losses:
     Attributes:
         split: of the client's own rows.
         pairs: these instead of own rows; what is longer than `data.max_tokens` has NaN for `nll`. None: own rows.
+        rows: numbers of the own rows that count, in the order of the answer; None: all.
     """
 
     params: Tensors | None
     split: Split = "train"
     pairs: Sequence[Pair] | None = None
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,14 @@ class Embed:
         split: of the client's own rows.
         prompts: rendered prompts in place of the own rows' questions; None: own rows.
         pool: `last`: the last token's state; `mean`: the mean over all tokens.
+        rows: numbers of the own rows that count, in the order of the answer; None: all.
     """
 
     params: Tensors | None
     split: Split = "train"
     prompts: Sequence[str] | None = None
     pool: Literal["last", "mean"] = "last"
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from fedloom import baselog, tensors
+from fedloom import baselog, seeds, tensors
 from fedloom.factors import Ranks
 from fedloom.parts import Part
 from fedloom.server.aggregate import Aggregator, Around
@@ -51,6 +51,7 @@ class Client:
         draw: round -> a fresh adapter (A random, B zero) that every participant draws alike, in its own ranks.
         lora: what ranks mean; None: the adapter has no LoRA factors.
         steps: optimiser steps that the trainer gives it in this round.
+        seed: of the run; see `stream`.
     """
 
     name: str
@@ -62,6 +63,11 @@ class Client:
     draw: Callable[[int], Tensors]
     lora: Ranks | None = None
     steps: int = 1
+    seed: int = 0
+
+    def stream(self, purpose: str, round_: int | None = None) -> torch.Generator:
+        """Return the client's own random stream for a purpose; the same in every round unless it is of one."""
+        return seeds.generator(self.seed, round_, self.name, purpose)
 
     def fit(self, start: Tensors, **how: Any) -> Steps[Fitted]:
         """Train on the client's rows, from `start`.
@@ -77,9 +83,9 @@ class Client:
         sums: Bundle = yield Score(params, split)
         return sums
 
-    def losses(self, params: Tensors | None, split: Split) -> Steps[Bundle]:
-        """Return the loss of `params` on each row of `split`; see `Losses`."""
-        found: Bundle = yield Losses(params, split)
+    def losses(self, params: Tensors | None, split: Split, rows: Sequence[int] | None = None) -> Steps[Bundle]:
+        """Return the loss of `params` on each row of `split`, or on some of them; see `Losses`."""
+        found: Bundle = yield Losses(params, split, rows=rows)
         return found
 
     def update(self, delta: Tensors, fitted: Fitted, *, also: Iterable[Fitted] = (), **groups: Bundle) -> ClientUpdate:
@@ -173,8 +179,6 @@ class Algorithm(Part, family=True):
     """Why it combines updates in its own way, so that robust rules are refused; empty: the aggregator does it."""
     own_step: ClassVar[str] = ""
     """Why its server applies what was combined in its own way, so that server optimisers are refused."""
-    by_tensor: ClassVar[str] = ""
-    """What it does that takes gradients of the very tensors that it sends (`Fit.correct`, zeroth order); empty: no."""
     by_tensor: ClassVar[str] = ""
     """What it does that takes gradients of the very tensors that it sends (`Fit.correct`, zeroth order); empty: no."""
     changes_base: ClassVar[bool] = False

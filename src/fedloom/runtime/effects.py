@@ -137,16 +137,20 @@ class Performer:
         weights = None if effect.weights is None else effect.weights.double().numpy()[numbers[places]]
         return Rows(encoded, indices[places], weights)
 
+    def _some(self, client: str | None, effect: Losses | Embed) -> Rows:
+        own = self.rows(client, effect.split)
+        return own if effect.rows is None else Rows(own.encoded, own.indices[list(effect.rows)])
+
     def _losses(self, effect: Losses, client: str | None) -> Any:
         if effect.pairs is None:
-            return fit.losses(self.bench, self.rows(client, effect.split), effect.params)
+            return fit.losses(self.bench, self._some(client, effect), effect.params)
         encoded, kept = self.desk.encode(effect.pairs)
         found = fit.losses(self.bench, Rows(encoded, np.arange(len(encoded))), effect.params)
         return _placed(found, kept, effect.pairs)
 
     def _embed(self, effect: Embed, client: str | None) -> Tensor:
         if effect.prompts is None:
-            pairs = self.desk.pairs(self.rows(client, effect.split).indices)
+            pairs = self.desk.pairs(self._some(client, effect).indices)
             prompts: Sequence[str] = self.desk.prompts(pair.question for pair in pairs)
         else:
             prompts = effect.prompts

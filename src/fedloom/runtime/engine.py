@@ -230,7 +230,8 @@ class Engine:
         if server.lora is not None and stage.algorithm.mixed_ranks:
             ranks = server.lora
             initial, draw = ranks.cut(initial, name), lambda round_: ranks.cut(server.draw(round_), name)
-        return Client(name, round_, kept, len(rows), weight, initial, draw, server.lora, steps)
+        seed = stage.bench.seed
+        return Client(name, round_, kept, len(rows), weight, initial, draw, server.lora, steps, seed)
 
     def at(self, state: ServerState) -> None:
         """Let the resident base be that of a state."""
