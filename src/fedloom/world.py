@@ -79,6 +79,8 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
     if not recipe.runtime.reference:
         lean(loaded.model)
     attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
+    if problems := list(recipe.algorithm.check([name for name in attached.shapes() if attached.moves(name)])):
+        raise RecipeError("; ".join(problems))
     if recipe.model.compile:
         sink.on(Phase("compiling: the first steps take longer"))
         compile_layers(loaded.model)

@@ -193,6 +193,13 @@ class Algorithm(Part, family=True):
         """Yield why this algorithm cannot run with other parts of the recipe, one sentence each."""
         return ()
 
+    def check(self, names: Sequence[str]) -> Iterable[str]:
+        """Yield why this algorithm cannot run with an adapter of these trained tensors, one sentence each.
+
+        What a recipe alone does not tell: it is asked once the adapter is in the model, before anything is trained.
+        """
+        return ()
+
     def population(self, clients: Mapping[str, Rows], join: Callable[[Iterable[Rows]], Rows]) -> Mapping[str, Rows]:
         """Return who trains on what; the default is every client on its own rows.
 
