@@ -3,6 +3,7 @@
     checkpoints/<round>/state.safetensors, state.json     the state after <round> finished rounds, and the run's totals
     checkpoints/latest, checkpoints/best                  links to one of them
     memories/<client>/<round>.safetensors                 what a client kept when <round> rounds were finished
+    memories/<client>/<round>.5.safetensors               what it made of that after the last round, by itself
     memories/index.jsonl                                  one line a round: the clients whose memory changed
     base/<round>.safetensors, base/<round>.whole.safetensors   a merge into the base; all merges up to there
 
@@ -24,6 +25,9 @@ from pydantic import PositiveInt
 from fedloom.parts import Record
 from fedloom.types import Bundle, Memory, Merge, ServerState, Stopped, WireError
 from fedloom.wire import codec
+
+FINISHED = 0.5
+"""What is added to the number of finished rounds once clients have worked on by themselves after the last one."""
 
 
 class Checkpointing(Record):
@@ -87,20 +91,20 @@ class MemoryStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._versions: dict[str, list[int]] = {}
-        self._pending: dict[str, int] = {}
+        self._versions: dict[str, list[float]] = {}
+        self._pending: dict[str, float] = {}
 
     def load(self, client: str) -> Memory:
         """Return a client's last committed memory; empty before its first."""
         versions = self._versions.get(client)
         return codec.read(self._file(client, versions[-1])) if versions else {}
 
-    def save(self, client: str, round_: int, memory: Memory) -> None:
-        """Write a client's memory as of `round_` finished rounds; it counts once `commit` has named it."""
+    def save(self, client: str, round_: float, memory: Memory) -> None:
+        """Write a client's memory as of `round_` finished rounds (see `FINISHED`); `commit` makes it count."""
         codec.write(self._file(client, round_), memory)
         self._pending[client] = round_
 
-    def commit(self, round_: int) -> list[str]:
+    def commit(self, round_: float) -> list[str]:
         """Make the memories saved since the last commit those of `round_`; return the clients that changed."""
         if not self._pending:
             return []
@@ -114,15 +118,18 @@ class MemoryStore:
         changed, self._pending = list(self._pending), {}
         return changed
 
-    def restore(self, round_: int) -> None:
+    def restore(self, round_: float) -> None:
         """Go back to the memories as of `round_` finished rounds, and forget whatever came later."""
         lines = self.look_at(round_)
+        for path in self.folder.glob("*/*.5.safetensors"):
+            if float(path.name.removesuffix(".safetensors")) > round_:
+                path.unlink()  # no later version will take its place
         if lines:
             codec.write_atomic(self._index(), "".join(line + "\n" for line in lines).encode())
         else:
             self._index().unlink(missing_ok=True)
 
-    def look_at(self, round_: int) -> list[str]:
+    def look_at(self, round_: float) -> list[str]:
         """Read the memories as of `round_` finished rounds, changing no file; return the index lines up to there."""
         self._versions, self._pending, lines = {}, {}, []
         if self._index().exists():
@@ -147,7 +154,7 @@ class MemoryStore:
                 versions.remove(version)
                 self._file(client, version).unlink(missing_ok=True)
 
-    def _file(self, client: str, round_: int) -> Path:
+    def _file(self, client: str, round_: float) -> Path:
         return self.folder / client / f"{round_}.safetensors"
 
     def _index(self) -> Path:
@@ -187,6 +194,22 @@ class Checkpoints:
                 f"{self._last()} make room, then go on with: fedloom run --resume {self.folder.parent}"
             ) from error
         self._prune()
+
+    def amend(self, round_: int, record: Mapping[str, Any]) -> None:
+        """Replace entries of a checkpoint's record, at once or not at all; its state stays.
+
+        Raises:
+            Stopped: the disk refuses.
+        """
+        path = self.folder / str(round_) / "state.json"
+        try:
+            told = {**json.loads(path.read_text(encoding="utf-8")), **record}
+            codec.write_atomic(path, json.dumps(told, indent=1, allow_nan=True).encode())
+        except OSError as error:
+            raise Stopped(
+                f"{path} could not be written: {error.strerror}; {self._last()} make room, then go on with: "
+                f"fedloom run --resume {self.folder.parent}"
+            ) from error
 
     def mark_best(self, round_: int) -> None:
         """Point `best` at the checkpoint of `round_`, which then outlives pruning."""

@@ -210,6 +210,7 @@ def _regime(
             after, report = world.engine.round(world.crew, state, cohort)
             world.after(after, report)
             state = after
+        world.finish_clients(state)
     except (KeyboardInterrupt, Stopped):
         if state is not None:
             sink.on(Phase("saving the state"))

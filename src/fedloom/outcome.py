@@ -16,12 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import torch
 
 from fedloom import baselog, factors
 from fedloom.checkpoint import MemoryStore
 from fedloom.evaluate.base import Sample
+from fedloom.evaluate.stats import worst_share
 from fedloom.factors import Scale
 from fedloom.home import BUNDLED
 from fedloom.tracking import RoundReport, keep_lines
@@ -42,6 +44,7 @@ class Totals:
     Attributes:
         best: the judging evaluator's best value so far, turned so that higher is better; best_round: its round.
         stale: evaluations since then.
+        finished: clients have done what they do after the last round.
         results: regime -> evaluator -> metric -> value, on test data.
         not_run: regime -> evaluator -> why it could not measure all that was asked for, on test data.
         evaluation: evaluator -> all that these depend on beside the adapters.
@@ -65,6 +68,7 @@ class Totals:
     best: float = -math.inf
     best_round: int = 0
     stale: int = 0
+    finished: bool = False
     adapter_sha256: str = ""
     results: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
     not_run: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -73,6 +77,12 @@ class Totals:
     def add(self, report: RoundReport) -> None:
         """Book one round."""
         self.participations += len(report.clients) - len(report.rejected)
+        self.spend(report)
+        self.loss_first = report.loss if report.round == 1 else self.loss_first
+        self.loss_last = report.loss
+
+    def spend(self, report: RoundReport) -> None:
+        """Book what a round cost, or what clients did after the last one."""
         self.rejected += len(report.rejected)
         self.bytes_down += report.bytes_down
         self.bytes_up += report.bytes_up
@@ -81,8 +91,6 @@ class Totals:
         self.fit_seconds += report.fit_seconds
         self.round_seconds += report.seconds
         self.flops += report.flops
-        self.loss_first = report.loss if report.round == 1 else self.loss_first
-        self.loss_last = report.loss
 
     def dump(self) -> dict[str, Any]:
         """Return the books as JSON values."""
@@ -92,6 +100,27 @@ class Totals:
     def load(cls, values: Mapping[str, Any]) -> Totals:
         """Return the books of `dump`."""
         return cls(**values)
+
+
+def of_round(report: RoundReport) -> dict[str, float]:
+    """Return the metrics of a round over all its clients."""
+    losses = np.array([m["loss"] for client, m in report.clients.items() if client not in report.rejected])
+    return {
+        "train_loss": report.loss,
+        "train_loss_worst": float(losses.max()),
+        "train_loss_worst10": worst_share(losses, higher_is_better=False),
+        "train_loss_variance": float(losses.var()),
+        "tokens": report.tokens,
+        "examples": report.examples,
+        "bytes_down": report.bytes_down,
+        "bytes_up": report.bytes_up,
+        "seconds": report.seconds,
+        "fit_seconds": report.fit_seconds,
+        "tokens_per_second": report.tokens / report.fit_seconds if report.fit_seconds else 0.0,
+        "clients": len(report.clients),
+        "flops": report.flops,
+        **({} if report.aggregation_error is None else {"aggregation_error": report.aggregation_error}),
+    }
 
 
 def write_samples(

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from fedloom import recipe as recipes
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.checkpoint import FINISHED
 from fedloom.reopen import find_round, read_recipe
 from fedloom.results import intervals
 from fedloom.tracking import Sink
@@ -65,7 +66,7 @@ def reevaluate(
         state = recipe.algorithm.init(world.assets.initial)
         if checkpoint is not None:
             state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint))
-            world.memories.look_at(state.round)
+            world.memories.look_at(state.round + FINISHED)
         metrics = {
             name: world.measure(state, name)
             for name in ("base", regime, *(world.beside(regime) if adapter is None else ()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom import recipe as recipes
-from fedloom.checkpoint import Checkpoints, MemoryStore
+from fedloom.checkpoint import FINISHED, Checkpoints, MemoryStore
 from fedloom.client.adapters import Adapter
 from fedloom.client.attached import Attached
 from fedloom.client.models import Loaded, Model, load_model
@@ -100,7 +100,7 @@ def _from_checkpoint(
     memory = None
     if client is not None:
         store = MemoryStore(run / "memories")
-        store.look_at(found)
+        store.look_at(found + FINISHED)
         memory = store.load(client)
     slots = recipe.algorithm.export(state, memory)
     if not slots:

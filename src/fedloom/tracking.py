@@ -194,10 +194,16 @@ class MetricsFile:
             file.writelines(self._lines)
         self._lines.clear()
 
-    def restore(self, round_: int) -> None:
-        """Drop the lines of rounds after `round_`, those of the final evaluation, and a torn last line."""
+    def restore(self, round_: int, finished: bool = False) -> None:
+        """Drop the lines of rounds after `round_`, those of the final evaluation, and a torn last line.
+
+        Args:
+            finished: the lines of what clients did after the last round stay.
+        """
+        gone = ("test/",) if finished else ("test/", "finish/")
         keep_lines(
-            self.path, lambda line: line["round"] <= round_ and (line["round"] == 0 or "test/" not in line["name"])
+            self.path,
+            lambda line: line["round"] <= round_ and (line["round"] == 0 or not any(n in line["name"] for n in gone)),
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedloom import seeds, tensors
 from fedloom.algorithms.base import Server
 from fedloom.attacks import Attack
-from fedloom.checkpoint import Checkpoints, MemoryStore
+from fedloom.checkpoint import FINISHED, Checkpoints, MemoryStore
 from fedloom.client.attached import Attached, check_fit
 from fedloom.client.compiling import compile_layers
 from fedloom.client.lean import lean
@@ -32,10 +33,9 @@ from fedloom.data.texts import TextDesk
 from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
-from fedloom.evaluate.stats import worst_share
 from fedloom.evaluate.view import ADAPTED, RegimeView, spread
 from fedloom.home import home
-from fedloom.outcome import Totals, export, write_samples
+from fedloom.outcome import Totals, export, of_round, write_samples
 from fedloom.recipe import Recipe
 from fedloom.runtime.engine import NOBODY, Engine, Stage
 from fedloom.tracking import Evaluated, MetricsFile, Phase, RoundReport, Sink, Step, Warned
@@ -231,8 +231,10 @@ class World:
         self.totals = Totals.load(record["totals"])
         self.totals.setup_seconds += self.assets.seconds
         self.totals.wall_seconds += self.assets.seconds
-        self.memories.restore(last)
-        self.metrics.restore(last)
+        # what clients did after the last round counts only where it still is the last
+        self.totals.finished &= last >= self.recipe.rounds or self.stopped(state)
+        self.memories.restore(last + FINISHED if self.totals.finished else last)
+        self.metrics.restore(last, self.totals.finished)
         if self.totals.best_round == last:  # a kill may have come between the checkpoint and its mark
             self.checkpoints.mark_best(last)
         return state
@@ -244,7 +246,7 @@ class World:
         self._changed.update(self.memories.commit(state.round))
         for client, metrics in report.clients.items():
             self.metrics.add(state.round, client, {**metrics, "rejected": float(client in report.rejected)})
-        self.metrics.add(state.round, None, _of_round(report))
+        self.metrics.add(state.round, None, of_round(report))
         self.sink.on(report)
         if report.rejected:
             self.sink.on(Warned(f"round {state.round}: rejected, not finite: {', '.join(report.rejected)}"))
@@ -270,6 +272,25 @@ class World:
         """
         if self._whole and self.checkpoints.find("latest") != state.round:
             self._save(state)
+
+    def finish_clients(self, state: ServerState) -> None:
+        """Let every client work on by itself after the last round, if the algorithm wants that and it is not done."""
+        if not self.recipe.algorithm.finishes or self.totals.finished:
+            return
+        self.rescue(state)
+        self.sink.on(Phase(f"after the last round: {len(self.clients)} clients"))
+        report = self.engine.finish(self.crew, state, self.clients)
+        self.sink.on(Phase(""))
+        if report.rejected:
+            self.sink.on(Warned(f"after the last round: not kept, not finite: {', '.join(report.rejected)}"))
+        self.memories.commit(state.round + FINISHED)
+        self.totals.spend(report)
+        self.totals.finished = True
+        for client, metrics in report.clients.items():
+            self.metrics.add(state.round, client, {f"finish/{name}": value for name, value in metrics.items()})
+        self._tick()
+        self.metrics.flush()
+        self.checkpoints.amend(state.round, self._record())
 
     def finish(self, state: ServerState) -> None:
         """Measure the result on test data and write the adapters."""
@@ -336,10 +357,12 @@ class World:
     def _save(self, state: ServerState) -> None:
         self._tick()
         self.metrics.flush()
-        record = {"split": self.assets.federation.split_hash, "totals": self.totals.dump()}
-        self.checkpoints.save(state, record)
+        self.checkpoints.save(state, self._record())
         self.memories.prune(self.checkpoints.rounds(), self._changed)
         self._changed.clear()
+
+    def _record(self) -> dict[str, Any]:
+        return {"split": self.assets.federation.split_hash, "totals": self.totals.dump()}
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -366,23 +389,3 @@ def _join(parts: Iterable[ClientData]) -> ClientData:
             for column in zip(*((d.train, d.validation, d.test) for d in every), strict=True)
         )
     )
-
-
-def _of_round(report: RoundReport) -> dict[str, float]:
-    losses = np.array([m["loss"] for client, m in report.clients.items() if client not in report.rejected])
-    return {
-        "train_loss": report.loss,
-        "train_loss_worst": float(losses.max()),
-        "train_loss_worst10": worst_share(losses, higher_is_better=False),
-        "train_loss_variance": float(losses.var()),
-        "tokens": report.tokens,
-        "examples": report.examples,
-        "bytes_down": report.bytes_down,
-        "bytes_up": report.bytes_up,
-        "seconds": report.seconds,
-        "fit_seconds": report.fit_seconds,
-        "tokens_per_second": report.tokens / report.fit_seconds if report.fit_seconds else 0.0,
-        "clients": len(report.clients),
-        "flops": report.flops,
-        **({} if report.aggregation_error is None else {"aggregation_error": report.aggregation_error}),
-    }

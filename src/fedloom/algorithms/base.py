@@ -167,6 +167,8 @@ class Algorithm(Part, family=True):
     """What it does that takes other clients, so that a federation of one is refused; empty: nothing."""
     enrols: ClassVar[bool] = False
     """Whether every client has a word with the server before the first round (`enrol`, `admit`)."""
+    finishes: ClassVar[bool] = False
+    """Whether every client works on by itself after the last round (`finish`)."""
     alone: ClassVar[str] = ""
     """Why its clients must be trained one after another; empty: they need not."""
     needs_lora: ClassVar[bool] = False
@@ -242,6 +244,16 @@ class Algorithm(Part, family=True):
         start = message.groups["params"].tensors
         fitted = yield from client.fit(start)
         return client.update(tensors.sub(fitted.params, start), fitted), client.memory
+
+    def finish(self, client: Client, message: Message) -> Steps[tuple[Mapping[str, float], Memory]]:
+        """Return a client's metrics and memory after the last round, if the algorithm `finishes`; nothing is sent.
+
+        Every client is asked, sampled or not. A run that goes on with further rounds forgets what was kept.
+
+        Args:
+            message: what the server would send to it now.
+        """
+        return done(({}, client.memory))
 
     def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
         """Combine the cohort's updates, taken one at a time in client order: the only place where they meet."""

@@ -70,7 +70,7 @@ def fit(bench: Bench, jobs: Sequence[Job]) -> list[Fitted]:
     for job in jobs:
         job.lengths = job.rows.lengths()
         job.steps = _steps(bench, job)
-    factor = trainer.schedule.factor(jobs[0].round, bench.schedule_rounds)
+    factor = bench.factor(jobs[0].round)
     lrs = [(trainer.lr if job.effect.lr is None else job.effect.lr) * factor for job in jobs]
     stack = bench.attached.load([job.effect.start for job in jobs], effect.trainable or bench.attached.moves)
     lanes = [_Lane(job, bench, lrs[k], stack, k) for k, job in enumerate(jobs)]

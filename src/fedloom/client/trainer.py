@@ -125,6 +125,10 @@ class Bench:
     reference: bool = False
     on_step: Callable[[str, int, float], None] = lambda client, tokens, loss: None
 
+    def factor(self, round_: int) -> float:
+        """Return the learning rate's factor in a round; after the last one, where no schedule rules, it is 1."""
+        return self.trainer.schedule.factor(round_, self.schedule_rounds) if round_ < self.schedule_rounds else 1.0
+
     @property
     def packed(self) -> bool:
         """Whether batches are packed; `auto` is settled before, and the reference never is."""

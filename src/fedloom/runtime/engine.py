@@ -17,7 +17,7 @@ import numpy as np
 from fedloom import seeds, tensors
 from fedloom.algorithms.base import Algorithm, Client, Server
 from fedloom.attacks import Attack, Scene
-from fedloom.checkpoint import MemoryStore
+from fedloom.checkpoint import FINISHED, MemoryStore
 from fedloom.client.trainer import Bench, step_rows
 from fedloom.data.encode import Encoded
 from fedloom.data.splits import ClientData
@@ -42,6 +42,7 @@ from fedloom.wire import codec
 from fedloom.wire.transforms import Transform
 
 T = TypeVar("T")
+Half = Callable[[Client, Message], Steps[tuple[ClientUpdate, Memory]]]
 NOBODY = np.zeros(0, dtype=np.int64)
 
 
@@ -87,11 +88,13 @@ class Errands:
     Attributes:
         clients: the cohort, in client order.  make: a client of it -> its errand.
         base: the base log that all of them train on.
+        finish: the rounds are over: `Algorithm.finish` is due, in the place of `train`.
     """
 
     clients: Sequence[str]
     make: Callable[[str], Errand]
     base: tuple[Merge, ...] = ()
+    finish: bool = False
 
     def chunks(self, size: int) -> list[Sequence[str]]:
         """Return the cohort in runs of `size` clients, as they are trained in one pass; the last may be shorter."""
@@ -199,17 +202,37 @@ class Engine:
             told[name], sent = _opened(word), sent + len(word)
         return self.drive(algorithm.admit(self.stage.server, state, told), None, 0), sent
 
+    def finish(self, crew: Crew, state: ServerState, clients: Sequence[str]) -> RoundReport:
+        """Let clients work on by themselves after the last round, and return what it cost.
+
+        Args:
+            crew: who trains.  state: after the last round.  clients: all of them, in client order.
+        """
+        crew.ready()
+        tally, began = _Tally(), time.perf_counter()
+        self.at(state)
+        for _ in self._updates(crew, state, clients, tally, finish=True):
+            pass  # what they keep is saved as it passes
+        return self._report(state, tally, None, time.perf_counter() - began)
+
     def train(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
         """Run some clients' halves of one round, side by side."""
-        stage, before = self.stage, self.hands.spent.fit_seconds
+        return self._work(round_, errands, self.stage.algorithm.train, self.stage.transforms)
+
+    def finish_some(self, round_: int, errands: Sequence[Errand]) -> list[Reply]:
+        """Let some clients work on by themselves after the last round, side by side."""
+        return self._work(round_, errands, self._finish, ())
+
+    def _work(self, round_: int, errands: Sequence[Errand], half: Half, transforms: Sequence[Transform]) -> list[Reply]:
+        before = self.hands.spent.fit_seconds
         clients = [self.client(errand.client, round_, errand.memory) for errand in errands]
         messages = [_opened(errand.message) for errand in errands]
-        steps = [stage.algorithm.train(*both) for both in zip(clients, messages, strict=True)]
+        steps = [half(*both) for both in zip(clients, messages, strict=True)]
         done = self.drive_all(list(zip([c.name for c in clients], steps, strict=True)), round_)
         seconds = (self.hands.spent.fit_seconds - before) / len(errands)
         replies = []
         for client, errand, (update, memory) in zip(clients, errands, done, strict=True):
-            for i, transform in enumerate(stage.transforms):
+            for i, transform in enumerate(transforms):
                 stream = self._stream(round_, client.name, f"transform:{i}")
                 update, memory = transform.encode(update, memory, stream)
             changed = None if memory is client.memory else memory
@@ -219,6 +242,10 @@ class Engine:
             metrics = {**update.metrics, **spent}
             replies.append(Reply(client.name, update.weight, sent, metrics, changed, down, seconds))
         return replies
+
+    def _finish(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
+        metrics, memory = yield from self.stage.algorithm.finish(client, message)
+        return ClientUpdate(client.name, client.weight, Message(), metrics), memory
 
     def client(self, name: str, round_: int, memory: Memory | None = None) -> Client:
         """Return what `name` sees in round `round_`."""
@@ -269,15 +296,18 @@ class Engine:
                 answers[i] = answer
         return [results[i] for i in range(len(lanes))]
 
-    def _updates(self, crew: Crew, state: ServerState, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientUpdate]:
+    def _updates(
+        self, crew: Crew, state: ServerState, cohort: Sequence[str], tally: _Tally, *, finish: bool = False
+    ) -> Iterator[ClientUpdate]:
         """Have the cohort trained and yield the updates that are finite, as the server decodes them."""
-        stage = self.stage
+        stage, version = self.stage, state.round + (FINISHED if finish else 1)
         errands = Errands(
             cohort,
             lambda name: Errand(
                 name, _sealed(stage.algorithm.broadcast(stage.server, state, name)), stage.memories.load(name)
             ),
             state.base,
+            finish,
         )
         for reply in crew.replies(state.round, errands):
             tally.fit_seconds += reply.fit_seconds
@@ -290,8 +320,8 @@ class Engine:
                 tally.rejected.append(reply.client)
                 continue
             if reply.memory is not None:
-                stage.memories.save(reply.client, state.round + 1, reply.memory)
-            for transform in reversed(stage.transforms):
+                stage.memories.save(reply.client, version, reply.memory)
+            for transform in reversed(() if finish else stage.transforms):
                 update = transform.decode(update)
             yield update
 

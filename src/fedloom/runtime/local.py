@@ -33,8 +33,9 @@ class LocalCrew:
 
     def replies(self, round_: int, errands: Errands) -> Iterator[Reply]:
         """Yield each client's reply, in the order of the errands."""
+        work = self.engine.finish_some if errands.finish else self.engine.train
         for clients in errands.chunks(self.size):
-            yield from self.engine.train(round_, [errands.make(name) for name in clients])
+            yield from work(round_, [errands.make(name) for name in clients])
 
     def close(self) -> None:
         """There is nothing to let go of."""

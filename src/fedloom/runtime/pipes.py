@@ -52,13 +52,13 @@ def unpack(data: bytes) -> Frame:
     return Frame(told["kind"], told["head"], blobs)
 
 
-def train(chunk: int, round_: int, errands: Sequence[Errand]) -> Frame:
+def train(chunk: int, round_: int, errands: Sequence[Errand], finish: bool) -> Frame:
     """Return what asks a worker to train some clients.
 
     Args:
-        chunk: its number in the round.  round_: from 0.
+        chunk: its number in the round.  round_: from 0.  finish: see `Errands`.
     """
-    head = {"chunk": chunk, "round": round_, "clients": [errand.client for errand in errands]}
+    head = {"chunk": chunk, "round": round_, "finish": finish, "clients": [errand.client for errand in errands]}
     return Frame("train", head, [blob for one in errands for blob in (one.message, codec.encode(one.memory))])
 
 

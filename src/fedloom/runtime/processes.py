@@ -211,7 +211,7 @@ class ProcessesCrew:
                     if merges := baselog.news(current.errands.base, team.base):
                         team.say(Frame("base", {}, [codec.encode(merges)]))
                     team.base = current.number
-                    team.say(pipes.train(team.chunk, current.number, errands))
+                    team.say(pipes.train(team.chunk, current.number, errands, current.errands.finish))
             of = {worker: team for team in self.teams for worker in team.workers}
             for worker in speaking(of, None if waits else 0.0):
                 if of[worker] in self.teams:

@@ -85,7 +85,8 @@ def _serve(speaker: Speaker, inbox: SimpleQueue[Frame]) -> None:
             engine.stage.bench.attached.rebase(base)
             continue
         errands = pipes.errands(asked)
-        replies = engine.train(asked.head["round"], errands)
+        work = engine.finish_some if asked.head["finish"] else engine.train
+        replies = work(asked.head["round"], errands)
         seconds = sum(reply.fit_seconds for reply in replies)
         # all ranks of a team have computed the same; one of them tells it
         speaker.say(pipes.done(asked.head["chunk"], seconds, replies if speaks else ()))
