@@ -16,9 +16,15 @@ from rich.text import Text
 
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.stats import wilson
+from fedloom.evaluate.view import ADAPTED
 from fedloom.units import human_bytes, human_seconds
 
-REGIMES = ("base", "local", "federated", "centralized", "personal", "unseen")
+REGIMES = tuple(
+    name
+    for regime in ("base", "local", "federated", "centralized", "personal", "unseen")
+    for name in (regime, f"{regime}{ADAPTED}")
+)
+"""In the order in which they are shown."""
 MAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "loss": ("loss", "perplexity", "bits_per_byte"),

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedloom.bench.grid import Outcome
 from fedloom.evaluate import stats
+from fedloom.evaluate.view import ADAPTED
 from fedloom.results import REGIMES, measures
 from fedloom.units import human_bytes
 
@@ -204,7 +205,7 @@ def _costs_of(outcome: Outcome, regime: str) -> dict[str, float]:
     beside = outcome.cell.folder / "regimes" / regime / "summary.json"
     if beside.is_file():
         summary = json.loads(beside.read_text(encoding="utf-8"))
-    elif regime in ("base", "unseen"):
+    elif regime in ("base", "unseen") or regime.endswith(ADAPTED):
         return {}
     found = {
         "bytes": summary["bytes_up"] + summary["bytes_down"],

@@ -8,11 +8,13 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
+from fedloom.evaluate.view import ADAPTED
 from fedloom.report.svg import Text, plain, tag
 from fedloom.results import SHARES, measures
 
 T = TypeVar("T")
 TONE = {"federated": 0, "local": 1, "centralized": 2, "personal": 3, "base": 4, "unseen": 5}
+TONE |= {f"{regime}{ADAPTED}": 6 + i for i, regime in enumerate(("federated", "unseen", "local"))}
 """Regime -> its tone on every chart of a page."""
 MOST_ROWS = 60
 """Rows of a table or a chart about clients; of more, evenly spread ones stand for all."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from fedloom.evaluate.view import ADAPTED
 from fedloom.results import REGIMES, Metrics
 from fedloom.types import RecipeError
 
@@ -67,7 +68,8 @@ class Run:
     @property
     def own(self) -> str:
         """The regime that the run itself trained; before its end, what its recipe is expected to measure."""
-        names = [name for name in self.metrics if name not in ("base", "unseen", *self.others)]
+        beside = ("base", "unseen", *self.others)
+        names = [n for n in self.metrics if n not in beside and not n.endswith(ADAPTED)]
         names += [regime for regime, _, _ in self.validation]
         return names[0] if names else "federated"
 
