@@ -208,7 +208,6 @@ def test_what_does_not_fit_together_is_told() -> None:
         ({"llm__offsite_tuning": {"use": True, "emu_l": 2}}, "llm.offsite_tuning.emu_l", "offsite"),
         ({"asyn__use": True}, "asyn.use", "synchronous"),
         ({"grad__grad_accum_count": 4}, "grad.grad_accum_count", "multiplied the local steps"),
-        ({"llm__adapter__use": False}, "llm.adapter.use", "all weights"),
         ({"data__splitter": "odd"}, "data.splitter", "iid, lda, meta"),
         ({"data__type": "other@llm"}, "data.type", "no source"),
         ({"data__subsample": 0.5}, "data.subsample", "code-search-net"),
@@ -244,6 +243,15 @@ def test_flowertune_newer_key_and_epochs() -> None:
     tree = convert(text, "p").tree
     assert tree["sampler"] == {"fraction": 0.2}
     assert tree["trainer"]["epochs"] == 3
+
+
+def test_kinds_of_training_that_have_parts() -> None:
+    every = fs(llm__adapter__use=False)
+    assert every.tree["adapter"] == {"name": "full"}
+    assert "llm.adapter.use" not in lost(every)
+    dora = convert(FLOWER.replace("peft-lora-r = 16", "peft-lora-r = 16\nmodel.lora.peft-use-dora = true"), "p")
+    assert dora.tree["adapter"]["name"] == "dora"
+    assert lost(dora) == {}
 
 
 def test_openfedllm() -> None:

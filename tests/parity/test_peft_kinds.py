@@ -326,3 +326,13 @@ def test_master_weights_and_what_is_computed_with(dtype: torch.dtype) -> None:
     torch.testing.assert_close(own.detach(), expected, rtol=2e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
     assert own is model.get_output_embeddings().weight
     assert not torch.equal(own.detach(), start["model.embed_tokens.weight"].to(dtype))
+
+
+@pytest.mark.parametrize(
+    "part", [Lora(targets=("q_proj", "lm_head")), Dora(targets=("lm_head",)), Ia3(targets=("lm_head",), feedforward=())]
+)
+def test_the_output_head_is_no_target(part: Adapter) -> None:
+    with pytest.raises(ModelError, match=r"adapter.targets: lm_head is the output head.*leave it out"):
+        part.attach(tiny_model())
+    with pytest.raises(ModelError, match="embed_tokens is a Embedding; adapters here change linear layers only"):
+        part.model_copy(update={"targets": ("embed_tokens",)}).attach(tiny_model())

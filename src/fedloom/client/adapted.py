@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.quantize import dense, is_linear, shape
@@ -42,14 +44,6 @@ class Adapted(nn.Module):
         rows, columns = base.weight.shape if isinstance(base, Conv1D) else reversed(shape(base))
         self.d_out, self.d_in = columns, rows
 
-    @staticmethod
-    def check(name: str, module: nn.Module) -> None:
-        """Raise ModelError unless a layer of this kind can stand for `module`."""
-        if not (is_linear(module) or isinstance(module, Conv1D)):
-            raise ModelError(
-                f"adapter.targets: {name} is a {type(module).__name__}; adapters here change linear layers only"
-            )
-
     def weight(self) -> Tensor:
         """Return the frozen weight as (d_out, d_in)."""
         weight: Tensor = self.base.weight.T if isinstance(self.base, Conv1D) else dense(self.base)
@@ -66,3 +60,18 @@ class Adapted(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         parts = flat.split(self.spans.tokens or len(flat) // len(factors))
         return torch.cat([part * factor for part, factor in zip(parts, factors, strict=True)]).view(x.shape)
+
+
+def check_targets(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise ModelError unless layers of an adapter can stand for all of these modules."""
+    for name in names:
+        module = model.get_submodule(name)
+        if not (is_linear(module) or isinstance(module, Conv1D)):
+            raise ModelError(
+                f"adapter.targets: {name} is a {type(module).__name__}; adapters here change linear layers only"
+            )
+        if module is model.get_output_embeddings():
+            raise ModelError(
+                f"adapter.targets: {name} is the output head, which is computed in parts, without gradients of its "
+                "own; leave it out, or set adapter=full"
+            )

@@ -20,7 +20,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedloom.client.adapted import Owners
+from fedloom.client import slot_files
+from fedloom.client.adapted import Owners, check_targets
 from fedloom.client.attached import Attached
 from fedloom.client.attached_lora import AttachedLora, replaced, told_targets
 from fedloom.client.lora import LoraLinear, Siblings
@@ -188,6 +189,8 @@ class Lora(Adapter, name="lora"):
         return AttachedLora(layers, config, owners, self.scale)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
+        if slot_files.is_routed(folder):
+            return slot_files.read_routed(folder, lambda one: read_peft(one, self.scale))
         return read_peft(folder, self.scale)
 
     @classmethod
@@ -222,6 +225,5 @@ class Lora(Adapter, name="lora"):
             ghost = peft.get_peft_model(type(model)(model.config), self.config())
         prefix = "base_model.model."
         names = [n.removeprefix(prefix) for n, m in ghost.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-        for name in names:
-            LoraLinear.check(name, model.get_submodule(name))
+        check_targets(model, names)
         return names

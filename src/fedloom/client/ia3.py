@@ -27,7 +27,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedloom.client.adapted import Adapted, Owners
+from fedloom.client.adapted import Adapted, Owners, check_targets
 from fedloom.client.adapters import Adapter
 from fedloom.client.attached import Attached
 from fedloom.client.attached_lora import replaced
@@ -168,8 +168,7 @@ class Ia3(Adapter, name="ia3"):
                 f"adapter.targets: no module of {model.name_or_path} is named {', '.join(map(repr, lost)) or '(empty)'}"
                 f"{suggest(lost[0], linear) if lost else ''}; linear modules: {', '.join(linear)}; or auto"
             )
-        for name in names:
-            Ia3Linear.check(name, model.get_submodule(name))
+        check_targets(model, names)
         owners = Owners()
         return AttachedIa3(
             replaced(model, names, lambda name, base: Ia3Linear(base, owners, name.endswith(feedforward))),

@@ -73,9 +73,8 @@ def _quantize(settings: Settings) -> Tree:
 def _adapter(settings: Settings, model: str) -> Tree:
     named = settings.take("model.lora.peft-lora-target-modules") or settings.take("model.lora.target-modules")
     named = [one.strip() for one in named.split(",")] if isinstance(named, str) else named
-    settings.drop("model.lora.peft-use-dora", "adapter=lora has no weight decomposition (DoRA)")
     return {
-        "name": "lora",
+        "name": "dora" if settings.take("model.lora.peft-use-dora", False) else "lora",
         "r": settings.take("model.lora.peft-lora-r", 32),
         "alpha": settings.take("model.lora.peft-lora-alpha", 64),
         "dropout": settings.take("model.lora.peft-lora-dropout", 0.075),

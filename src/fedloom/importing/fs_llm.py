@@ -115,8 +115,7 @@ def _adapter(settings: Settings, model: str) -> Tree:
     options = dict(given[0]) if isinstance(given, list) and given and isinstance(given[0], dict) else {}
     key = "llm.adapter.args"
     if not settings.take("llm.adapter.use", False):
-        settings.drop("llm.adapter.use", "all weights were trained; here an adapter is: LoRA on all linear layers")
-        return {"name": "lora", "targets": "all-linear"}
+        return {"name": "full"}
     package = options.pop("adapter_package", "peft")
     if package != "peft":
         settings.drop(key, f"adapters of {package!r} are not here; adapter=lora stands in")
