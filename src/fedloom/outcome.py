@@ -182,7 +182,8 @@ def export(
             digest.update(_write_merged(place, assets, state, params).encode())
             continue
         assets.attached.save(place, params, base)
-        digest.update((place / "adapter_model.safetensors").read_bytes())
+        for path in sorted(place.rglob("*.safetensors")):  # several where a router weighs them
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

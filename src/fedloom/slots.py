@@ -60,6 +60,11 @@ def is_main(name: str) -> bool:
     return name.rpartition(".")[2] in ("lora_A", "lora_B") and not slot_of(name)
 
 
+def is_router(name: str) -> bool:
+    """Return whether a tensor is a router."""
+    return name.rpartition(".")[2] == ROUTER
+
+
 def main(params: Tensors) -> dict[str, Tensor]:
     """Return the main adapter of a mixture."""
     return {name: tensor for name, tensor in params.items() if is_main(name)}
@@ -83,7 +88,7 @@ def collapsed(params: Tensors, scale: Scale) -> Tensors:
     Raises:
         ValueError: a router weighs the slots, so that no single adapter equals them.
     """
-    if any(name.rpartition(".")[2] == ROUTER for name in params):
+    if any(map(is_router, params)):
         raise ValueError("a router weighs the slots token by token: no single adapter equals them")
     if not is_mixture(params):
         return params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,3 +254,19 @@ def test_names() -> None:
     _near(slots.main(params), several[0], 0.0)
     assert set(filter(slots.is_main, params)) == set(several[0])
     assert slots.modules(params) == slots.modules(several[0]) == list(bench.attached.layers)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "routed"])
+def test_saved_mixtures_mean_the_same_when_read(tmp_path: Path, kind: str) -> None:
+    bench, rows = _bench(), _rows()
+    params = _mixture(bench, kind)
+    bench.attached.save(tmp_path / "a", params, "tiny")
+    read = Lora(r=RANKS[0], alpha=ALPHA).read(tmp_path / "a")
+    both = [losses(bench, rows, given).tensors["nll"] for given in (params, read)]
+    torch.testing.assert_close(*both, rtol=1e-12, atol=0)
+    if kind == "routed":
+        _near(read, params, 0.0)
+        own = Lora(r=RANKS[0], alpha=ALPHA).read(tmp_path / "a" / "slot0")
+        _near(own, slots.main(params), 0.0)
+    else:
+        assert slots.count(read) == 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedloom import baselog, factors, seeds, slots
+from fedloom.client import slot_files
 from fedloom.client.adapted import Owners
 from fedloom.client.attached import Attached, check_fit
 from fedloom.client.lora import Beside, LoraLinear
@@ -167,7 +168,11 @@ class AttachedLora(Attached):
         return state
 
     def save(self, folder: Path, params: Tensors, base: str) -> None:
-        save_peft(folder, params, described(self.config, params, self.scale), base)
+        if any(map(slots.is_router, params)):
+            slot_files.save_routed(folder, params, lambda place, one: self.save(place, one, base))
+            return
+        one = slots.collapsed(params, self.scale)
+        save_peft(folder, one, described(self.config, one, self.scale), base)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         return load_peft(folder, self.config)
