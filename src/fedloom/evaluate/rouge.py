@@ -1,13 +1,10 @@
-"""ROUGE-L (Lin, 2004): how much of a reference's words an answer holds, in their order.
+"""ROUGE-L (`data.similar`): how much of a reference's words an answer holds, in their order.
 
-With LCS the longest common subsequence of words: P = LCS / words of the answer, R = LCS / words of the reference,
-F = 2 P R / (P + R). Words are runs of letters and digits in lower case, unstemmed; of several references the best
-counts.
+Of several references the best counts.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,24 +13,10 @@ import numpy as np
 from pydantic import PositiveInt
 
 from fedloom.data.rows import Turn
+from fedloom.data.similar import rouge_l
 from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, drawn, found, over_adapters, records
 from fedloom.types import DataError
-
-_WORD = re.compile(r"[a-z0-9]+")
-
-
-def rouge_l(output: str, reference: str) -> float:
-    """Return the F of the longest common subsequence of words; 0 where either has no word."""
-    a, b = (_WORD.findall(text.lower()) for text in (output, reference))
-    if not a or not b:
-        return 0.0
-    row = [0] * (len(b) + 1)
-    for word in a:
-        before = 0
-        for i, other in enumerate(b, 1):
-            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
-    return 2 * row[-1] / (len(a) + len(b))
 
 
 class Rouge(Evaluator, name="rouge"):
