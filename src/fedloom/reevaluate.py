@@ -1,20 +1,30 @@
-"""Measure a run's result again, without touching its folder."""
+"""Measure a run's result again without touching its folder, or an adapter or a model without a run."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from fedloom import recipe as recipes
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.checkpoint import FINISHED
-from fedloom.reopen import find_round, read_recipe
+from fedloom.home import BUNDLED
+from fedloom.outcome import write_summary
+from fedloom.recipe import Recipe
+from fedloom.reopen import adapter_of, find_round, read_recipe
 from fedloom.results import intervals
 from fedloom.tracking import Sink
 from fedloom.types import ModelError, RecipeError
+from fedloom.wire.codec import write_atomic
 from fedloom.world import World, prepare
+
+CONFIG = "adapter_config.json"
+NO_ROWS = {"source": {"name": "tasks", "rows_per_category": 3, "categories": ["units"]}, "clients": 1}
+"""The smallest federation, for what is measured without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +41,40 @@ class Measured:
     not_run: Mapping[str, Mapping[str, str]]
 
 
-def reevaluate(
-    run: Path, settings: Sequence[str], checkpoint: str | None, adapter: Path | None, sink: Sink
-) -> Measured:
-    """Measure the base and an adapter on test data.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is measured.
+
+    Attributes:
+        recipe: all settings, evaluators included.  regime: under which name; None: the base alone.
+        checkpoint: of `run`; None: `recipe.init` or nothing.
+        run: the run folder; None: there is none.
+    """
+
+    recipe: Recipe
+    regime: str | None
+    checkpoint: str | None = None
+    run: Path | None = None
+
+
+def target(what: str, settings: Sequence[str], checkpoint: str | None, adapter: Path | None) -> Target:
+    """Find what a person wants measured.
 
     Args:
-        run: the run folder.
+        what: a run folder, a PEFT folder, or the name of a model.
         settings: `evaluate=...` texts; other keys are refused, since they would measure something else.
-        checkpoint: `latest`, `best` or a kept round; None: the finished adapter.
-        adapter: a PEFT folder to measure in its place; None: the run's own.
-        sink: receives the events.
+        checkpoint: `latest`, `best` or a kept round of a run; None: the finished adapter.
+        adapter: a PEFT folder to measure in place of the run's own, or on the model; None: there is none.
 
     Raises:
         ModelError: there is no such adapter or checkpoint.
-        RecipeError: the folder is no run folder, or another key is set.
+        RecipeError: another key is set, or evaluators are needed and missing, or have no rows to measure.
     """
     if odd := [text for text in settings if text.partition("=")[0].partition(".")[0] != "evaluate"]:
         raise RecipeError(f"fedloom eval sets evaluate=... only; got {odd[0]!r}")
+    run = Path(what)
+    if not (run / "recipe.yaml").is_file():
+        return _bare(what, settings, checkpoint, adapter)
     recipe = recipes.load(read_recipe(run).dump(), settings)
     regime = recipe.algorithm.regime if adapter is None else "adapter"
     stateful = (run / "adapters").is_dir() or (run / "merged").is_dir() or recipe.algorithm.changes_base
@@ -56,22 +82,87 @@ def reevaluate(
         # personal adapters are evaluated by their algorithm, from the clients' memories; a changed base by its log
         checkpoint = "latest"
     if checkpoint is None:
-        recipe = recipe.model_copy(update={"init": _folder(run, adapter), "algorithm": FedAvg()})
-    with TemporaryDirectory() as place:
+        recipe = recipe.model_copy(
+            update={"init": _folder(run, adapter), "algorithm": FedAvg(), **({"adapt_steps": 0} if adapter else {})}
+        )
+    return Target(recipe, regime, checkpoint, run)
+
+
+def _bare(what: str, settings: Sequence[str], checkpoint: str | None, adapter: Path | None) -> Target:
+    """Return a target without a run: an adapter on its base model, or a model."""
+    if checkpoint is not None:
+        raise RecipeError(f"--checkpoint chooses among a run's own adapters, and {what} is no run folder")
+    folder = Path(what) if (Path(what) / CONFIG).is_file() else None
+    model = what
+    if folder is not None:
+        if adapter is not None:
+            raise RecipeError(f"{what} is an adapter already; leave out --adapter, or name the model in its place")
+        adapter, model = folder, base_of(folder)
+    if not settings:
+        raise RecipeError(
+            f"{what} is no run folder, so nothing says what to measure; name evaluators, such as 'evaluate=[mmlu]' or "
+            "'evaluate=[{name: gsm8k, limit: 50}]' (all of them: fedloom list evaluators)"
+        )
+    tree: dict[str, Any] = {"model": {"name": model}, "data": NO_ROWS}
+    if adapter is not None:
+        part = adapter_of(adapter)
+        tree |= {"adapter": {"name": part.part_name, **part.dump()}, "init": str(adapter)}
+    recipe = recipes.load(tree, settings).resolved()
+    if owning := [one.part_name for one in recipe.evaluate if one.own_rows]:
+        raise RecipeError(
+            f"evaluator {owning[0]} measures clients on their own rows, and {what} has none; leave it out, or "
+            "measure a run"
+        )
+    return Target(recipe, None if adapter is None else "adapter")
+
+
+def reevaluate(target: Target, sink: Sink, out: Path | None = None) -> Measured:
+    """Measure the base and what was found on test data.
+
+    Args:
+        sink: receives the events.
+        out: a new folder for samples, recipe and results, which `fedloom score` reads; None: nothing is kept.
+
+    Raises:
+        RecipeError: `out` is there already.
+    """
+    if out is not None and out.exists():
+        raise RecipeError(f"--out: {out} exists; name a folder that does not")
+    recipe, run = target.recipe, target.run
+    with TemporaryDirectory() as temporary:
+        place = out or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
         # samples are written beside links to the run's state, so that the run folder stays as it is
-        for name in ("checkpoints", "memories"):
-            if (run / name).is_dir():
-                (Path(place) / name).symlink_to((run / name).resolve())
-        world = World(recipe, Path(place), prepare(recipe, sink), sink)
+        links = [place / name for name in ("checkpoints", "memories") if run is not None and (run / name).is_dir()]
+        for link in links:
+            link.symlink_to((run / link.name).resolve())  # type: ignore[operator]
+        world = World(recipe, place, prepare(recipe, sink), sink)
         state = recipe.algorithm.init(world.assets.initial)
-        if checkpoint is not None:
-            state, _ = world.checkpoints.load(find_round(run, world.checkpoints, checkpoint))
+        if target.checkpoint is not None and run is not None:
+            state, _ = world.checkpoints.load(find_round(run, world.checkpoints, target.checkpoint))
             world.memories.look_at(state.round + FINISHED)
-        metrics = {
-            name: world.measure(state, name)
-            for name in ("base", regime, *(world.beside(regime) if adapter is None else ()))
-        }
-        return Measured(metrics, intervals(Path(place)), {r: why for r, why in world.totals.not_run.items() if why})
+        names = ["base"]
+        if target.regime is not None:
+            names += [target.regime, *(world.beside(target.regime) if run is not None else ())]
+        metrics = {name: world.measure(state, name) for name in names}
+        missed = {regime: why for regime, why in world.totals.not_run.items() if why}
+        found = Measured(metrics, intervals(place), missed)
+        for link in links:
+            link.unlink()
+        if out is not None:
+            write_atomic(out / "recipe.yaml", recipe.model_copy(update={"compare": ()}).to_yaml().encode())
+            books = {"metrics": metrics, "not_run": missed, "evaluation": world.totals.evaluation}
+            write_summary(out, books)
+        return found
+
+
+def base_of(folder: Path) -> str:
+    """Return the model that a PEFT folder's adapter belongs on: the bundled name where it is one."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    told = str(config.get("base_model_name_or_path") or "")
+    if not told:
+        raise ModelError(f"{folder}/{CONFIG} names no base model; name it: fedloom eval MODEL --adapter {folder}")
+    return next((name for name, one in BUNDLED.items() if one.hub_id == told), told)
 
 
 def _folder(run: Path, adapter: Path | None) -> Path:

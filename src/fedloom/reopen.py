@@ -127,14 +127,18 @@ def load(model: Model, adapter: Path | None) -> Loaded:
     """
     if adapter is None:
         return load_model(model)
-    part = _described(adapter)
+    part = adapter_of(adapter)
     params, loaded = part.read(adapter), load_model(model)
     part.attach(loaded.model).load([params])
     return loaded
 
 
-def _described(folder: Path) -> Adapter:
-    """Return the part that a PEFT folder's configuration describes."""
+def adapter_of(folder: Path) -> Adapter:
+    """Return the part that a PEFT folder's configuration describes.
+
+    Raises:
+        ModelError: the folder holds no adapter, or one of a kind that there is no part for.
+    """
     load_peft(folder)  # what holds no adapter at all is told by its own sentence
     saved = saved_config(folder)
     kinds = [kind for kind in Adapter.known.values() if issubclass(kind, Adapter)]

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import NOT_RUN, Adapter, Checkpoint, Debug, Imports, Run, UnsafeExecution, without_sandbox
+from fedloom.cli.options import NOT_RUN, Adapter, Checkpoint, Debug, Imports, UnsafeExecution, without_sandbox
 
 
 def evaluate(
-    run: Run,
+    what: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="A run folder, a PEFT folder, or a model.")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[evaluate=...]", help="Evaluators in the place of the recipe's.")
     ] = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep samples and results in a new folder.", file_okay=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
     unsafe_execution: UnsafeExecution = False,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the base and a run's result on test data; a missing adapter is an error.
+    """Measure a run's result, an adapter or a model, and the base beside it, on test data.
+
+    A missing adapter is an error. What is no run has no evaluators of its own, so they must be named.
 
     [bold]Examples[/]
 
@@ -31,23 +37,24 @@ def evaluate(
     fedloom eval runs/demo --checkpoint best
 
     fedloom eval runs/demo 'evaluate=[{name: gsm8k, limit: 50}]'
+
+    fedloom eval my-adapter 'evaluate=[{name: mmlu, limit: 100}]' --out results
     """
     from rich.console import Console
 
-    from fedloom import recipe as recipes
     from fedloom.console import ConsoleSink
-    from fedloom.reevaluate import reevaluate
-    from fedloom.reopen import read_recipe
+    from fedloom.reevaluate import reevaluate, target
     from fedloom.results import not_run, results
     from fedloom.types import RecipeError
 
     if checkpoint is not None and adapter is not None:
         raise RecipeError("--checkpoint and --adapter both name what to measure; leave out one of them")
     words = settings or []
+    chosen = target(what, words, checkpoint, adapter)
     if unsafe_execution:
-        words = [*words, *without_sandbox(recipes.load(read_recipe(run).dump(), words))]
+        chosen = target(what, [*words, *without_sandbox(chosen.recipe)], checkpoint, adapter)
     with ConsoleSink(Console(stderr=True), quiet=as_json) as sink:
-        found = reevaluate(run, words, checkpoint, adapter, sink)
+        found = reevaluate(chosen, sink, out)
     if as_json:
         typer.echo(json.dumps(found.metrics, indent=1))
     else:
@@ -58,4 +65,6 @@ def evaluate(
         for line in not_run(found.not_run):
             console.print(line, style="yellow", markup=False, highlight=False)
     if found.not_run:
+        if out is None:
+            typer.echo("--out DIR keeps what was not run; fedloom score DIR runs it where it can be run", err=True)
         raise SystemExit(NOT_RUN)

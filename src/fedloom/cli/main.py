@@ -18,6 +18,7 @@ from fedloom.cli.export import export
 from fedloom.cli.import_ import import_
 from fedloom.cli.report import report
 from fedloom.cli.run import run
+from fedloom.cli.score import score
 from fedloom.cli.show import list_parts, show
 
 INTERNAL = 1
@@ -59,6 +60,7 @@ app.command("import", no_args_is_help=True)(import_)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command(no_args_is_help=True)(chat)
 app.command(no_args_is_help=True)(export)
+app.command(no_args_is_help=True)(score)
 app.command(no_args_is_help=True)(report)
 app.command()(doctor)
 

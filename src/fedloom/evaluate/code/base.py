@@ -128,7 +128,7 @@ class CodeEvaluator(Evaluator):
             )
             for client, adapter in view.adapters.items()
         }
-        return self._evaluation(found, attempts, runner)
+        return self.told(found, attempts, runner)
 
     def code(self, task: Task, output: str) -> str:
         """Return the code of an answer: a block between fences, else the text up to where the function ends."""
@@ -160,9 +160,13 @@ class CodeEvaluator(Evaluator):
         columns = zip(tasks, prompts, outputs, (program for _, program in programs), verdicts, strict=True)
         return [Attempt(*one) for one in columns]
 
-    def _evaluation(
-        self, found: Tasks, attempts: Mapping[str | None, Sequence[Attempt]], runner: Sandbox | str
-    ) -> Evaluation:
+    def told(self, found: Tasks, attempts: Mapping[str | None, Sequence[Attempt]], runner: Sandbox | str) -> Evaluation:
+        """Return what attempts add up to.
+
+        Args:
+            found: what there was to do.  attempts: client (None: the adapter of all) -> its attempts.
+            runner: the sandbox that they ran in, or why there is none.
+        """
         judged = {c: ones for c, ones in attempts.items() if all(one.verdict.score is not None for one in ones)}
         clients = {client: self._metrics(ones) for client, ones in judged.items()}
         names = next(iter(clients.values()), {}).keys()
