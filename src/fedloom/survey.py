@@ -39,6 +39,8 @@ from fedloom.types import (
 )
 
 ROUNDS = 3
+OWN, PUBLIC = 8, 64
+"""Rows of a client, and of the server for each client."""
 FEW = 4
 """Numbers along a dimension of a tensor that stands for a larger one."""
 TOY = {"layers.0.linear": (64, 64)}
@@ -134,7 +136,7 @@ def survey(algorithm: Algorithm, recipe: Recipe, clients: Sequence[str], shapes:
     state = algorithm.init(run.draw(0))
     if algorithm.enrols:
         told = {name: run.drive(algorithm.enrol(run.client(name, 0))) for name in clients}
-        state = run.drive(algorithm.admit(run.server, state, told))
+        state = run.drive(algorithm.admit(run.server, state, told), PUBLIC * len(clients))
     for round_ in range(ROUNDS):
         state = run.drive(algorithm.prepare(run.server, state))
         updates = []
@@ -217,16 +219,16 @@ class Rehearsal:
             draw = lambda round_: ranks.cut(self.draw(round_), name)
         return Client(name, round_, self.memories[name], 8, self.algorithm.weight(8), draw(0), draw, ranks)
 
-    def drive(self, steps: Any) -> Any:
-        """Run a coroutine to its end with made-up answers."""
+    def drive(self, steps: Any, rows: int = OWN) -> Any:
+        """Run a coroutine to its end with made-up answers, as one who holds so many rows."""
         answer: Any = None
         try:
             while True:
-                answer = self._answer(steps.send(answer))
+                answer = self._answer(steps.send(answer), rows)
         except StopIteration as stop:
             return stop.value
 
-    def _answer(self, effect: Any) -> Any:
+    def _answer(self, effect: Any, rows: int) -> Any:
         match effect:
             case Fit():
                 moving = {n for n in effect.start if effect.trainable is None or effect.trainable(n)}
@@ -239,27 +241,27 @@ class Rehearsal:
                 return {name: self._near(torch.zeros_like(t)) for name, t in effect.params.items()}
             case Generate():
                 return [""] * len(effect.prompts)
-        return self._about_rows(effect)
+        return self._about_rows(effect, rows)
 
-    def _about_rows(self, effect: Any) -> Any:
+    def _about_rows(self, effect: Any, rows: int) -> Any:
         match effect:
             case Losses():
-                count = len(_chosen(effect.rows) if effect.pairs is None else effect.pairs)
+                count = len(_chosen(effect.rows, rows) if effect.pairs is None else effect.pairs)
                 return Bundle({name: torch.ones(count, dtype=torch.float64) for name in ("nll", "tokens", "bytes")})
             case Embed():
-                asked = _chosen(effect.rows) if effect.prompts is None else effect.prompts
+                asked = _chosen(effect.rows, rows) if effect.prompts is None else effect.prompts
                 return torch.randn(len(asked), 8, generator=self.stream)
             case Texts():
-                return tuple(Pair(f"question {i}", f"answer {i}") for i in range(8))
+                return tuple(Pair(f"question {i}", f"answer {i}") for i in range(rows))
         raise TypeError(f"{type(effect).__name__} has no made-up answer")
 
     def _near(self, t: Tensor) -> Tensor:
         return t + 0.01 * torch.randn(t.shape, generator=self.stream).to(t.dtype)
 
 
-def _chosen(rows: Sequence[int] | None) -> Sequence[int]:
-    """Return the own rows that an effect asks about, of the eight that every client has."""
-    return range(8) if rows is None else rows
+def _chosen(asked: Sequence[int] | None, rows: int) -> Sequence[int]:
+    """Return which of so many rows an effect asks about."""
+    return range(rows) if asked is None else asked
 
 
 def _of(ranks: Ranks, modules: Iterable[str]) -> Ranks:
