@@ -33,7 +33,7 @@ from fedloom.data.texts import TextDesk
 from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
-from fedloom.evaluate.view import ADAPTED, RegimeView, spread
+from fedloom.evaluate.view import ADAPTED, RegimeView, interval, spread
 from fedloom.home import home
 from fedloom.outcome import Totals, export, of_round, write_samples
 from fedloom.recipe import Recipe
@@ -326,7 +326,8 @@ class World:
             self.sink.on(Warned(f"{regime}: {name}: {found.invalid} clients have a loss that is not finite"))
         for note in (*found.notes, *([f"not run: {found.not_run}"] if found.not_run else [])):
             self.sink.on(Warned(f"{regime}: {name}: {note}"))
-        for client, metrics in ((None, found.metrics), *found.clients.items()):
+        ends = interval(evaluator, found) if split == "validation" else {}  # test data have their samples
+        for client, metrics in ((None, {**found.metrics, **ends}), *found.clients.items()):
             named = {f"{split}/{regime}/{name}/{key}": value for key, value in metrics.items()}
             self.metrics.add(state.round, client, named)
         if split == "test":

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fedloom
 from fedloom.cli.main import app
-from fedloom.evaluate.stats import mcnemar
+from fedloom.evaluate.stats import mcnemar, wilson
 from fedloom.report import write_overlay, write_report
 from fedloom.report.read import read
 from fedloom.tracking import Event, Sink, Warned
@@ -113,6 +113,22 @@ def test_a_personal_method(tiny: Path, tmp_path: Path) -> None:
     page, _ = drawn(run(tiny, tmp_path / "own", algorithm="local", evaluate=["loss", tasks]).folder)
     assert "Adapters are personal; shown are the answers of client-1" in page
     assert "Aggregation error" not in page
+
+
+def test_scores_by_round_have_intervals(tiny: Path, tmp_path: Path) -> None:
+    tasks = {"name": "tasks", "items_per_category": 4, "max_new_tokens": 4, "categories": ["units"], "every": 1}
+    folder = run(tiny, tmp_path / "banded", evaluate=[tasks]).folder
+    told = {
+        (one["round"], one["name"].rpartition("/")[2]): one["value"]
+        for one in lines(folder / "metrics.jsonl")
+        if one["name"].startswith("validation/federated/tasks/")
+    }
+    for round_ in (1, 2):
+        right = round(told[round_, "exact_match"] * 4)
+        ends = told[round_, "exact_match_low"], told[round_, "exact_match_high"]
+        assert ends == wilson(right, 4)
+    page, outline = drawn(folder)
+    assert "Shaded: 95 % intervals (Wilson)." in page and outline.tags["polygon"] == 1
 
 
 def test_a_run_that_stopped_early(compared: Path, tmp_path: Path) -> None:

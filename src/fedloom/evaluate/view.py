@@ -18,8 +18,8 @@ from fedloom.client.likelihood import Likelihood, likelihoods
 from fedloom.data.federation import Federation
 from fedloom.data.rows import Turn
 from fedloom.data.templates import bos, with_system
-from fedloom.evaluate.base import Evaluator, Own, Using
-from fedloom.evaluate.stats import worst_share
+from fedloom.evaluate.base import Evaluation, Evaluator, Own, Using
+from fedloom.evaluate.stats import wilson, worst_share
 from fedloom.recipe import Recipe
 from fedloom.runtime.engine import Engine
 from fedloom.types import Bundle, Message, Pair, ServerState, Split, Steps, Tensors
@@ -175,6 +175,19 @@ class RegimeView:
         unseen = set(self.federation.unseen)
         asked = self.regime.removesuffix(ADAPTED) == "unseen"
         return [name for name in self.federation.clients if (name in unseen) == asked]
+
+
+def interval(evaluator: Evaluator, found: Evaluation) -> dict[str, float]:
+    """Return the ends of the 95 % interval (Wilson) of the primary metric, where it is a share of items of one adapter.
+
+    Personal adapters have none, nor items that were sampled several times: such answers are not independent.
+    """
+    scores = [one.score for client, one in found.samples if client is None]
+    items = {one.id for _, one in found.samples}
+    if not scores or len(items) < len(found.samples) or any(score not in (0, 1) for score in scores):
+        return {}
+    low, high = wilson(sum(score == 1 for score in scores), len(scores))
+    return {f"{evaluator.primary}_low": low, f"{evaluator.primary}_high": high}
 
 
 def spread(evaluator: Evaluator, clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

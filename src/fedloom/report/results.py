@@ -180,10 +180,18 @@ def _by_round(run: Run, evaluator: str) -> Markup | None:
     if metric is None or not curves:
         return None
     text, title = parts.text_of(metric), f"{parts.title_of(evaluator, metric)} on validation data by round"
-    series = [svg.Series(name, sorted(curve.items()), parts.tone(name)) for name, curve in curves.items()]
+    bands = {name: _band(run.regimes[name], (name, evaluator, metric)) for name in curves}
+    series = [svg.Series(name, sorted(curve.items()), parts.tone(name), bands[name]) for name, curve in curves.items()]
     drawing = svg.curves(title, series, ("round", metric.replace("_", " ")), (svg.plain, text))
     drawing += svg.legend([(one.name, one.tone) for one in series])
-    return figure(title, drawing, parts.curve_table(list(curves), list(curves.values()), text))
+    note = "Shaded: 95 % intervals (Wilson)." if any(bands.values()) else ""
+    return figure(title, drawing, parts.curve_table(list(curves), list(curves.values()), text), note)
+
+
+def _band(source: Run, key: tuple[str, str, str]) -> list[tuple[float, float, float]]:
+    regime, evaluator, metric = key
+    low, high = (source.validation.get((regime, evaluator, f"{metric}_{end}"), {}) for end in ("low", "high"))
+    return [(round_, low[round_], high[round_]) for round_ in sorted(low) if round_ in high]
 
 
 def _all(run: Run, evaluator: str) -> Markup:

@@ -25,11 +25,16 @@ Text = Callable[[float], str]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A curve: (x, y) points in order of x, and its tone."""
+    """A curve: (x, y) points in order of x, and its tone.
+
+    Attributes:
+        band: (x, low, high) of an interval around it, in order of x.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     tone: int
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +138,14 @@ def curves(title: str, series: Sequence[Series], names: tuple[str, str], texts: 
     points = [point for one in series for point in one.points]
     rounds = all(float(px).is_integer() for px, _ in points) and max(px for px, _ in points) < 1e5
     x = axis([px for px, _ in points], LEFT, WIDTH - RIGHT, 5, whole=rounds)
-    y = axis([py for _, py in points], 240 - BOTTOM, TOP + 14)
+    ends = [end for one in series for _, *both in one.band for end in both]
+    y = axis([*(py for _, py in points), *ends], 240 - BOTTOM, TOP + 14)
     parts = [tag('<text x="0" y="10" class="name">{}</text>', names[1]), *_frame(x, y, (names[0], ""), texts)]
     for one in series:
+        if one.band:
+            around = [(px, high) for px, _, high in one.band] + [(px, low) for px, low, _ in reversed(one.band)]
+            corners = " ".join(f"{x.at(px):.1f},{y.at(py):.1f}" for px, py in around)
+            parts.append(tag('<polygon class="band t{}" points="{}"/>', one.tone, corners))
         kept = thin(one.points)
         path = " ".join(f"{x.at(px):.1f},{y.at(py):.1f}" for px, py in kept)
         parts.append(tag('<polyline class="curve t{}" points="{}"/>', one.tone, path))
