@@ -137,6 +137,14 @@ def test_scaffold_with_an_encoder_in_its_way_is_refused(tiny_folder: Path) -> No
         load(recipe)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "encoder", "embeddings"])
+def test_layers_that_were_cut_are_not_gone_through_twice(tiny_folder: Path, kind: str) -> None:
+    runtime = {"name": "processes", "workers": 2, "shard": 2}
+    with pytest.raises(RecipeError, match=r"set runtime\.shard=1, or adapter=prefix-tuning"):
+        load({**tree(tiny_folder, runtime=runtime), "adapter": KINDS[kind]})
+    load({**tree(tiny_folder, runtime=runtime), "adapter": KINDS["prefix"]})
+
+
 @pytest.mark.parametrize("algorithm", ["flora", "fedex", "ffa-lora", "fedsa-lora", "flexlora", "hetlora", "fed-sb"])
 def test_methods_for_lora_factors_are_refused(tiny_folder: Path, algorithm: str) -> None:
     with pytest.raises(RecipeError, match="prompt-tuning"):

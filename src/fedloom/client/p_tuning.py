@@ -197,6 +197,7 @@ class PTuning(Adapter, name="p-tuning"):
     """P-tuning (arXiv 2103.10385): embeddings in front of every row, made by a small network that is trained."""
 
     stackable: ClassVar[bool] = True
+    twice: ClassVar[bool] = True
 
     tokens: PositiveInt = 20
     """Virtual tokens; every row becomes so much longer."""

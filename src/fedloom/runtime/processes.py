@@ -71,6 +71,11 @@ class ProcessesRuntime(Runtime, name="processes"):
                 f"runtime.shard={self.shard} cannot change the weights that it cut, as algorithm="
                 f"{recipe.algorithm.part_name} does; set runtime.shard=1"
             )
+        if self.shard > 1 and recipe.adapter.twice:
+            yield (
+                f"runtime.shard={self.shard} cannot go through the layers twice in a pass, as adapter="
+                f"{recipe.adapter.part_name} does; set runtime.shard=1, or adapter=prefix-tuning"
+            )
         if self.shard > 1 and recipe.model.compile:
             yield f"runtime.shard={self.shard} cannot cut compiled layers; set model.compile=false or runtime.shard=1"
         if odd := next((part for part in _parts(recipe) if type(part).__module__ == "__main__"), None):
