@@ -51,8 +51,8 @@ def test_triplets_of_a_run_are_those_of_the_budget(tiny_folder: Path, tmp_path: 
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def _by_hand(seen: list[tuple[ServerState, ServerState]]) -> dict[str, list[float]]:
-    """Return the importance of every triplet after some rounds, entry by entry."""
+def _by_hand(seen: list[tuple[ServerState, ServerState]]) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Return the importance of every triplet after some rounds, and the score of every entry, one by one."""
     names, found = seen[0][0].params.keys(), {}
     scores = {}
     for name in names:
@@ -69,28 +69,37 @@ def _by_hand(seen: list[tuple[ServerState, ServerState]]) -> dict[str, list[floa
         module = name.removesuffix(".lora_E")
         e, p, q = (scores[f"{module}.{kind}"] for kind in ("lora_E", "lora_B", "lora_A"))
         found[name] = [float(e[i, 0] + p[:, i].sum() / len(p) + q[i].sum() / q.shape[1]) for i in range(len(e))]
-    return found
+    return found, scores
 
 
 def test_the_most_important_triplets_stay() -> None:
-    part = AdaLora(r=3, target=1, final=1, targets=("q_proj", "v_proj"))
+    part = AdaLora(r=6, target=3, final=1, targets=("q_proj", "v_proj"))
     attached = part.attach(tiny_model(torch.float64))
     stream = torch.Generator().manual_seed(0)
-    draw = lambda: {n: torch.randn(s, generator=stream, dtype=torch.float64) for n, s in attached.shapes().items()}
+
+    def draw() -> dict[str, Tensor]:
+        # lambda is small, so that all three kinds decide
+        shapes = attached.shapes().items()
+        drawn = {name: torch.randn(shape, generator=stream, dtype=torch.float64) for name, shape in shapes}
+        return {name: t * 0.5 if name.endswith("lora_E") else t for name, t in drawn.items()}
+
     state, seen = ServerState(0, draw()), []
     for round_ in (1, 2):
         raw = ServerState(round_, draw(), state.slots)
         seen.append((state, raw))
         state = attached.governed(state, raw, 4)
-        importance = _by_hand(seen)
+        importance, scores = _by_hand(seen)
         order = sorted((-value, name, i) for name, values in importance.items() for i, value in enumerate(values))
         kept = {(name, i) for _, name, i in order[: part.budget(round_, 4, 4)]}
         for name, t in _lambdas(state.params).items():
-            for i in range(3):
+            for i in range(6):
                 expected = raw.params[name][i, 0] if (name, i) in kept else 0.0
                 assert float(t[i, 0]) == float(expected)
         others = [name for name in raw.params if not name.endswith("lora_E")]
         assert all(torch.equal(raw.params[name], state.params[name]) for name in others)
+        smooth, unsure = (state.slots[f"ada_lora_{group}"].tensors for group in ("sensitivity", "uncertainty"))
+        for name, score in scores.items():
+            torch.testing.assert_close(smooth[name] * unsure[name], score, rtol=0, atol=1e-12)
         assert set(state.slots) == {"ada_lora_sensitivity", "ada_lora_uncertainty"}
 
 
