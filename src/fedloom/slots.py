@@ -40,7 +40,13 @@ def beside(main: Tensors, *others: Tensors, weights: Sequence[float] | None = No
 
 
 def routed(main: Tensors, *others: Tensors, routers: Tensors) -> dict[str, Tensor]:
-    """Return the mixture of adapters that `<module>.router` (slots, d_in) of `routers` weigh token by token."""
+    """Return the mixture of adapters that `<module>.router` (slots, d_in) of `routers` weigh token by token.
+
+    Raises:
+        ValueError: there is one adapter alone.
+    """
+    if not others:
+        raise ValueError("a router weighs two adapters or more, and there is one")
     return {**beside(main, *others), **routers}
 
 
