@@ -117,6 +117,17 @@ def test_other_evaluation_settings_are_not_paired(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    together = grid(
+        ["demo"], [], ["[{adapter: lora, trainer.lr: 0.001}, {adapter: ia3, trainer.lr: 0.01}]"], [0], Path()
+    )
+    assert [one.overrides for one in together] == [
+        ("adapter=lora", "trainer.lr=0.001", "seed=0"),
+        ("adapter=ia3", "trainer.lr=0.01", "seed=0"),
+    ]
+    assert [one.label for one in together] == ["adapter=lora, lr=0.001", "adapter=ia3, lr=0.01"]
+    for wrong in ("[lora]", "[]", "[{}]"):
+        with pytest.raises(RecipeError, match="is not of the form"):
+            grid(["demo"], [], [wrong], [0], Path())
     with pytest.raises(RecipeError, match="--vary 'algorithm' is not of the form"):
         grid(["demo"], [], ["algorithm"], [0], tmp_path)
     with pytest.raises(RecipeError, match="two cells of the bench would be the same run"):

@@ -64,15 +64,17 @@ def grid(
 
     Args:
         names: recipes.  settings: `key=value` texts for all cells.
-        vary: `key=value,value,...` texts; several multiply. Values are YAML, as in `adapter={name: lora, r: 4},prefix`.
+        vary: `key=value,value,...` texts; several multiply. Values are YAML, as in `adapter={name: lora, r: 4},ia3`. A
+            text `[{key: value, key: value}, ...]` gives keys that change together.
         out: the folder of the bench.
 
     Raises:
         RecipeError: a text is not of that form, or two cells would share a folder.
     """
-    axes = [[(key, value) for value in values] for key, values in map(_axis, vary)]
+    axes = [_axis(text) for text in vary]
     cells = []
-    for name, variation, seed in product(names, product(*axes), seeds):
+    for name, choice, seed in product(names, product(*axes), seeds):
+        variation = tuple(pair for pairs in choice for pair in pairs)
         overrides = (*settings, *(f"{key}={value}" for key, value in variation), f"seed={seed}")
         place = "-".join([_plain(f"{key.rpartition('.')[2]}={value}") for key, value in variation]) or "as-it-is"
         cells.append(Cell(name, variation, seed, overrides, out / _plain(Path(name).stem) / place / f"seed-{seed}"))
@@ -127,16 +129,26 @@ def _agree(kept: Any, now: Any) -> bool:
     return bool(kept == now) or now == "auto"
 
 
-def _axis(text: str) -> tuple[str, list[str]]:
-    """Return the key and the values of `key=value,value,...`; commas within brackets or quotes part nothing."""
+def _axis(text: str) -> list[Variation]:
+    """Return what a `--vary` text has in turn; commas within brackets or quotes part nothing."""
     key, equals, raw = text.partition("=")
+    together = text.startswith("[")
     try:
-        values = yaml.safe_load(f"[{raw}]") if equals else None
+        values = yaml.safe_load(text if together else f"[{raw}]" if equals else "")
     except yaml.YAMLError:
         values = None
-    if not key or not values:
-        raise RecipeError(f"--vary {text!r} is not of the form key=value,value, such as algorithm=fedavg,fedprox")
-    return key, [value if isinstance(value, str) else json.dumps(value) for value in values]
+    if together and values and all(isinstance(one, dict) and one for one in values):
+        return [tuple((str(name), _text(value)) for name, value in one.items()) for one in values]
+    if not key or not values or together:
+        raise RecipeError(
+            f"--vary {text!r} is not of the form key=value,value, such as algorithm=fedavg,fedprox, or "
+            "'[{adapter: lora, trainer.lr: 1.0e-3}, {adapter: prompt-tuning, trainer.lr: 3.0e-2}]'"
+        )
+    return [((key, _text(value)),) for value in values]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(text: str) -> str:

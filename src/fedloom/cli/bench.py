@@ -22,7 +22,11 @@ def bench(
     ],
     vary: Annotated[
         list[str] | None,
-        typer.Option("--vary", metavar="KEY=VALUE,VALUE", help="Run with each of these values; may be given again."),
+        typer.Option(
+            "--vary",
+            metavar="KEY=VALUE,VALUE",
+            help="Run with each of these values, or of [{KEY: VALUE, KEY: VALUE}, ...] sets; may be given again.",
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="N,N", help="Seeds, each a run of its own.")] = "0,1,2",
     set_file: SetFiles = None,
