@@ -168,6 +168,7 @@ def test_a_resumed_run_is_the_straight_one(tiny_folder: Path, tmp_path: Path, ki
     drops = {} if kind in {"ia3", "full"} else {"dropout": 0.2}
     more: dict[str, Any] = {"server": {"optimizer": "fedadam", "lr": 0.01}, "sampler": {"count": 2}}
     changes = {**_changes(kind, "fp32"), **more, "adapter": {**KINDS[kind], **drops}, "rounds": 3, "evaluate": ["loss"]}
+    changes["trainer"] = {"steps": 1}
     whole = run(tiny_folder, tmp_path / "a", **changes)
 
     class Stop(Sink):
@@ -185,7 +186,7 @@ def test_a_resumed_run_is_the_straight_one(tiny_folder: Path, tmp_path: Path, ki
 
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_scaffold_fedprox_and_a_robust_rule_run(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
-    sgd = {"optimizer": "sgd", "clip_norm": None, "lr": 0.01}
+    sgd = {"optimizer": "sgd", "clip_norm": None, "lr": 0.01, "steps": 2}
     plain = run(tiny_folder, tmp_path / "a", **_changes(kind), trainer=sgd, evaluate=[])
     for i, changes in enumerate(
         ({"algorithm": "scaffold"}, {"algorithm": {"name": "fedprox", "mu": 1.0}}, {"server": {"aggregator": "median"}})
@@ -223,14 +224,14 @@ def test_a_client_alone_in_full_is_a_plain_loop(tiny_folder: Path, tmp_path: Pat
 
 
 def test_full_in_bf16_with_packed_rows_and_checkpointing(tiny_folder: Path, tmp_path: Path) -> None:
-    small = {"steps": 4, "lr": 1e-3}
+    small = {"steps": 6, "lr": 1e-3}
     losses = []
     for i, more in enumerate(({}, {"checkpointing": True}, {"packing": False, "micro_tokens": 64})):
         changes = {"model": {"dtype": "bf16"}, "adapter": "full", "trainer": {**small, **more}}
-        result = run(tiny_folder, tmp_path / str(i), **changes, evaluate=["loss"])
+        result = run(tiny_folder, tmp_path / str(i), **changes, evaluate=["loss"], rounds=1)
         losses.append(result.metrics["federated"]["loss"]["loss"])
         assert losses[-1] < result.metrics["base"]["loss"]["loss"] - 0.01
-        assert {t.dtype for t in _state(result).values()} == {torch.float32}
+        assert {t.dtype for t in _state(result, 1).values()} == {torch.float32}
         assert {t.dtype for t in _tensors(result.folder).values()} == {torch.bfloat16}
     assert max(losses) - min(losses) < 5e-3
 
