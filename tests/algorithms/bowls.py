@@ -1,4 +1,4 @@
-"""Clients whose losses are a/2 ||w - c||^2, trained by gradient descent that heeds all of `Fit`, under any algorithm."""
+"""Clients whose losses are a/2 ||w - c||^2, trained by gradient descent as `Fit` says, under any algorithm."""
 
 from __future__ import annotations
 

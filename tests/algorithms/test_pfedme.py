@@ -23,7 +23,7 @@ def test_a_naive_second_implementation() -> None:
     shared = 0.0
     for _ in range(3):
         ends, weights = [], []
-        for name, bowl in BOWLS.items():
+        for bowl in BOWLS.values():
             w = theta = shared
             for _ in range(bowl.steps):
                 for _ in range(inner):
