@@ -71,7 +71,7 @@ def test_eval_refuses(folder: Path, tmp_path: Path) -> None:
     assert "holds no adapter" in refused("eval", tmp_path)
     assert "adapter_model.safetensors" in refused("eval", folder, "--adapter", tmp_path)
     assert "leave out one" in refused("eval", folder, "--adapter", tmp_path, "--checkpoint", "best")
-    assert "recipe.yaml" in refused("eval", tmp_path / "nowhere")
+    assert "is no run folder, so nothing says what to measure" in refused("eval", tmp_path / "nowhere")
 
 
 def test_personal_adapters_are_measured_and_exported(tiny_folder: Path, tmp_path: Path) -> None:

@@ -161,8 +161,43 @@ def test_fs_llm_algorithms_and_servers() -> None:
     adam = fs(fedopt={"use": True, "optimizer": {"type": "Adam", "lr": 0.02, "betas": [0.8, 0.95]}}).tree["server"]
     assert adam == {"optimizer": {"name": "fedadam", "beta1": 0.8, "beta2": 0.95}, "lr": 0.02}
     ditto = fs(federate__method="Ditto")
-    assert ditto.tree["algorithm"]["name"] == "fedavg"
-    assert "no algorithm 'ditto'" in lost(ditto)["federate.method"]
+    assert ditto.tree["algorithm"] == {"name": "ditto", "lam": 0.1, "weighting": "uniform"}
+    assert "federate.method" not in lost(ditto)
+    moreau = fs(federate__method="pFedMe", personalization={"K": 3, "regular_weight": 0.5, "beta": 0.9, "lr": 0.01})
+    assert moreau.tree["algorithm"] == {
+        "name": "pfedme",
+        "lam": 0.5,
+        "inner_steps": 3,
+        "beta": 0.9,
+        "outer_lr": 0.01,
+        "weighting": "uniform",
+    }
+    assert fs(federate__method="FedEM", model__model_num_per_trainer=2).tree["algorithm"]["components"] == 2
+    kept = fs(personalization={"local_param": ["lora_B"]}).tree["algorithm"]
+    assert (kept["name"], kept["private"]) == ("fedper", ["*lora_B*"])
+
+
+def test_fs_llm_adapts_before_it_measures() -> None:
+    assert fs(finetune={"before_eval": True, "local_update_steps": 7}).tree["adapt_steps"] == 7
+    assert "adapt_steps" not in fs(finetune={"before_eval": False, "local_update_steps": 7}).tree
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "adapter"),
+    [
+        ("prefix", {"num_virtual_tokens": 30}, {"name": "prefix-tuning", "tokens": 30}),
+        ("prompt", {"prompt_tuning_init": "RANDOM"}, {"name": "prompt-tuning"}),
+        (
+            "prompt",
+            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Be brief."},
+            {"name": "prompt-tuning", "text": "Be brief."},
+        ),
+        ("p-tuning", {"encoder_hidden_size": 64}, {"name": "p-tuning", "hidden": 64}),
+    ],
+)
+def test_fs_llm_virtual_tokens(method: str, given: dict[str, object], adapter: dict[str, object]) -> None:
+    args = [{"adapter_package": "peft", "adapter_method": method, **given}]
+    assert fs(llm__adapter__args=args).tree["adapter"] == adapter
 
 
 RATIO, NORM = {"trimmedmean_excluded_ratio": 0.25}, {"normbounding_norm_bound": 3.0}

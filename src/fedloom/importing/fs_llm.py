@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from fedloom.algorithms import Algorithm
-from fedloom.client.adapters import Adapter
 from fedloom.client.optimizers import Optimizer
 from fedloom.importing.base import Format, Settings, Tree, flatten, is_number, lora_targets
+from fedloom.importing.fs_llm_methods import adapt_steps, algorithm, virtual_tokens
 from fedloom.server.aggregate import Aggregator
 from fedloom.server.optim import ServerOptimizer
 from fedloom.types import RecipeError
@@ -41,10 +40,6 @@ _RULES: Mapping[str, str] = {
 }
 """Their robust rule -> our aggregator."""
 
-_METHODS: Mapping[str, str] = {"fedopt": "fedavg", "global": "centralized", "pfedme": "pfedme", "ditto": "ditto"}
-
-_ADAPTERS: Mapping[str, str] = {"prefix": "prefix", "prompt": "prompt", "p-tuning": "p-tuning"}
-
 
 def read(text: str) -> Mapping[str, Any] | None:
     """Return the settings of an FS-LLM file, or None where the text is something else.
@@ -71,7 +66,7 @@ def read(text: str) -> Mapping[str, Any] | None:
 def translate(settings: Settings) -> Tree:
     """Return the recipe of an FS-LLM file; what has no counterpart is remarked on in `settings`."""
     model = _model(settings)
-    method = _algorithm(settings)
+    method = algorithm(settings)
     tree: Tree = {
         "model": model,
         "adapter": _adapter(settings, str(model["name"])),
@@ -84,12 +79,13 @@ def translate(settings: Settings) -> Tree:
         "rounds": settings.take("federate.total_round_num", 50),
         "checkpoint": _checkpoint(settings),
         **_evaluation(settings),
+        "adapt_steps": adapt_steps(settings),
         "seed": settings.take("seed", 0),
     }
     if settings.take("wandb.use", False):
         tree["trackers"] = [{"name": "wandb", "project": settings.take("wandb.name_project") or "fedloom"}]
     _rest(settings)
-    return {key: value for key, value in tree.items() if value not in ({}, [], None)}
+    return {key: value for key, value in tree.items() if value not in ({}, [], None, 0) or key == "seed"}
 
 
 def _model(settings: Settings) -> Tree:
@@ -122,8 +118,7 @@ def _adapter(settings: Settings, model: str) -> Tree:
         return {"name": "lora", "targets": "all-linear"}
     kind = str(options.pop("adapter_method", "lora"))
     if kind != "lora":
-        mapped = {name: (key, value) for name, value in options.items()}
-        return settings.part(Adapter, _ADAPTERS.get(kind, kind), mapped, key) or {"name": "lora"}
+        return virtual_tokens(settings, kind, options, key) or {"name": "lora"}
     made = {
         "name": "lora",
         "r": options.pop("r", 8),
@@ -188,24 +183,6 @@ def _sampler(settings: Settings) -> Tree:
     if is_number(rate) and 0 < rate <= 1:
         return {"fraction": rate}
     return {"count": count} if is_number(count) and count > 0 else {}
-
-
-def _algorithm(settings: Settings) -> Tree:
-    method = str(settings.take("federate.method", "FedAvg")).lower()
-    # there a client weighs as many rows as it trained on in the round: with a number of batches, all the same
-    by_rows = settings.take("train.batch_or_epoch", "batch") == "epoch"
-    weighting = "uniform" if settings.take("federate.ignore_weight", False) or not by_rows else "examples"
-    if not by_rows:
-        settings.note(
-            "train.local_update_steps", "so many batches weigh all clients alike: algorithm.weighting=uniform"
-        )
-        settings.pass_over("federate.ignore_weight", "so many batches weigh all clients alike anyway")
-    name = _METHODS.get(method, method)
-    if name == "fedavg" and settings.take("fedprox.use", False):
-        prox = settings.part(Algorithm, "fedprox", {"mu": ("fedprox.mu", settings.take("fedprox.mu", 0.0))}, "fedprox")
-        return {**(prox or {"name": "fedavg"}), "weighting": weighting}
-    made = settings.part(Algorithm, name, {}, "federate.method") or {"name": "fedavg"}
-    return {**made, "weighting": weighting} if made["name"] in ("fedavg", "local") else made
 
 
 def _server(settings: Settings) -> Tree:
@@ -353,8 +330,6 @@ _LOST = {
     "grad.grad_accum_count": "there it multiplied the local steps; set trainer.steps or trainer.accumulate",
     "train.data_para_dids": "set runtime={name: processes} for several GPUs",
     "train.scheduler.type": "the learning rate follows trainer.schedule over the rounds",
-    "personalization.local_param": "no keys can be kept at the clients; see fedloom list algorithms",
-    "finetune.before_eval": "clients do not fine-tune before they are measured; see algorithm=local",
     "eval.split": "validation rows are measured in the course of a run, test rows at its end",
 }
 _GROUPS = {
