@@ -42,6 +42,7 @@ def recipe(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
     adapter, lr = KINDS[kind]
     return {
         "model": {"name": asked.model, "attention": "eager"},
+        "runtime": {"threads": asked.threads},
         "adapter": adapter,
         "data": {
             "source": {"name": "tasks", "rows_per_category": asked.rows},
@@ -111,6 +112,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=10, help="test items of each category")
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/kinds"))
     return parser.parse_args()
 

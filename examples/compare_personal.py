@@ -87,6 +87,7 @@ def recipe(asked: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """Return the recipe of one run."""
     return {
         "model": {"name": asked.model, "attention": "eager"},
+        "runtime": {"threads": asked.threads},
         "adapter": {"name": "lora", "r": 8, "alpha": 16},
         "data": {
             "source": {"name": "tasks", "rows_per_category": asked.rows},
@@ -185,6 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=80, help="rows of each of the 12 categories")
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/personal"))
     return parser.parse_args()
 
