@@ -238,3 +238,14 @@ def test_what_does_not_go_together_is_refused(tiny_folder: Path, name: str) -> N
     given = {**tree(tiny_folder, algorithm=name), "adapter": {"name": "ia3"}}
     with pytest.raises(RecipeError, match=f"algorithm={name} works on LoRA factors"):
         recipes.load(given)
+
+
+@pytest.mark.slow
+def test_workers_end_a_run_as_one_process_does(tiny_folder: Path, tmp_path: Path) -> None:
+    ends = []
+    for runtime in ({"name": "local"}, {"name": "processes", "workers": 2}):
+        changes = {"algorithm": {"name": "feddpa-f", "local_steps": 1}, "rounds": 1}
+        place = tmp_path / str(runtime["name"])
+        ends.append(run(tiny_folder, place, **changes, runtime={**runtime, "threads": 1, "cohort": 1}).summary)
+    for key in ("adapter_sha256", "bytes_down", "trained_tokens", "metrics"):
+        assert ends[0][key] == ends[1][key], key
