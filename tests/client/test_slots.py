@@ -270,3 +270,20 @@ def test_saved_mixtures_mean_the_same_when_read(tmp_path: Path, kind: str) -> No
         _near(own, slots.main(params), 0.0)
     else:
         assert slots.count(read) == 1
+
+
+def test_the_router_sees_what_dropout_does_not_touch() -> None:
+    trainer = Trainer(optimizer=Sgd(), clip_norm=None, lr=1e-2, steps=1, batch=5)
+    bench, rows = _bench(trainer, dropout=0.5), _rows()
+    seen: list[Tensor] = []
+    real = Beside.weights
+
+    def weights(self: Beside, x: Tensor, k: int, rank: int) -> Tensor:
+        seen.append(x)
+        return real(self, x, k, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Beside, "weights", weights)
+        fit(bench, [Job("a", 0, rows, Fit(_mixture(bench, "routed")))])
+    assert seen
+    assert not any(bool((x == 0).any()) for x in seen)

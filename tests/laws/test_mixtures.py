@@ -1,4 +1,4 @@
-"""Methods with several adapters a client: an interrupted run ends in the same bits as an uninterrupted one."""
+"""Methods with several adapters a client: interrupted or not, in one pass or one after another, the end is the same."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.algorithms.by_hand import close
+from tests.algorithms.worlds import rounds, world
 from tests.helpers import run
 
 import fedloom
@@ -37,3 +39,17 @@ def test_resumed_equals_uninterrupted(
     resumed = fedloom.resume(tmp_path / "b")
     for key in ("adapter_sha256", "bytes_up", "bytes_down", "trained_tokens", "train_loss_first", "train_loss_last"):
         assert resumed.summary[key] == whole.summary[key], key
+
+
+@pytest.mark.parametrize("algorithm", ["fedalt", "feddpa-t", "pf2lora"])
+def test_clients_in_one_pass_equal_one_after_another(tiny_folder: Path, tmp_path: Path, algorithm: str) -> None:
+    """Also where one of them has a past and the others have none."""
+    ends = []
+    for cohort in (1, 3):
+        of = world(tiny_folder, tmp_path / str(cohort), algorithm=algorithm, runtime={"cohort": cohort}, rounds=2)
+        state = rounds(of, [of.clients[:1], ()])
+        kept = [bundle.tensors for name in of.clients for bundle in of.memories.load(name).values()]
+        ends.append([state.params, *(slot.tensors for slot in state.slots.values()), *kept])
+    assert len(ends[0]) == len(ends[1]) > 3
+    for one, other in zip(*ends, strict=True):
+        close(one, other, 1e-10)
