@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.algorithms.by_hand import drive
 from tests.bare import bare_server
 from tests.helpers import adapter, lines, run, same, tree
 from tests.tiny import tiny_model, tiny_model_folder
@@ -18,6 +19,7 @@ from torch.nn import functional
 import fedloom
 from fedloom import recipe as recipes
 from fedloom import tensors
+from fedloom.algorithms import Client
 from fedloom.algorithms.layer_rules import (
     Asked,
     Both,
@@ -36,7 +38,7 @@ from fedloom.algorithms.selective import Selective
 from fedloom.checkpoint import Checkpoints
 from fedloom.runtime.engine import Engine
 from fedloom.tracking import Sink
-from fedloom.types import Bundle, ClientUpdate, Message, RecipeError, ServerState
+from fedloom.types import Bundle, ClientUpdate, Fitted, Gradient, Message, RecipeError, ServerState
 from fedloom.wire import codec
 from fedloom.world import World, prepare
 
@@ -131,7 +133,7 @@ def _update(name: str, weight: float, **values: Tensor) -> ClientUpdate:
 
 
 def test_each_layer_is_the_mean_of_those_that_sent_it() -> None:
-    algorithm, server = Selective(rule=Top()), bare_server(("a", "b", "c"))
+    algorithm, server = Selective(rule=Top()), bare_server(("a", "b", "c", "d"))
     params = {f"layers.{i}.w": torch.full((3,), float(i), dtype=torch.float64) for i in range(4)}
     params["norm.w"] = torch.zeros(3, dtype=torch.float64)
     change = lambda value: torch.full((3,), value, dtype=torch.float64)
@@ -139,23 +141,37 @@ def test_each_layer_is_the_mean_of_those_that_sent_it() -> None:
         _update("a", 1.0, **{"layers.0.w": change(1.0), "layers.1.w": change(2.0), "norm.w": change(3.0)}),
         _update("b", 3.0, **{"layers.1.w": change(4.0), "norm.w": change(7.0)}),
         _update("c", 6.0, **{"layers.2.w": change(-5.0), "norm.w": change(0.5)}),
+        _update("d", 2.0, **{"layers.1.w": change(-1.0), "norm.w": change(0.0)}),
     ]
     state = ServerState(0, params)
-    combined = _drive(algorithm.combine(server, state, updates))
-    after = _drive(algorithm.step(server, state, combined))
+    combined = drive(algorithm.combine(server, state, updates))
+    after = drive(algorithm.step(server, state, combined))
     told = {name: float(t[0]) for name, t in tensors.sub(after.params, params).items()}
-    expected = {"layers.0.w": 1.0, "layers.1.w": (2 + 3 * 4) / 4, "layers.2.w": -5.0, "layers.3.w": 0.0}
-    expected["norm.w"] = (3 + 3 * 7 + 6 * 0.5) / 10
+    expected = {"layers.0.w": 1.0, "layers.1.w": (2 + 3 * 4 - 2 * 1) / 6, "layers.2.w": -5.0, "layers.3.w": 0.0}
+    expected["norm.w"] = (3 + 3 * 7 + 6 * 0.5) / 12
     assert told == pytest.approx(expected, abs=1e-14)
     assert torch.equal(after.params["layers.3.w"], params["layers.3.w"])
 
 
-def _drive(steps: Any) -> Any:
-    try:
-        next(steps)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("an effect where none was expected")
+@pytest.mark.parametrize("chosen", [{0}, {1, 3}, set(range(4))])
+def test_what_a_client_trains_and_sends(chosen: set[int]) -> None:
+    """The chosen layers and what lies outside all layers; nothing else moves while it trains."""
+    start = {f"layers.{i}.w": torch.zeros(3) for i in range(4)} | {"norm.w": torch.zeros(3)}
+    named = {f"layers.{i}.w" for i in chosen} | {"norm.w"}
+    mask = torch.tensor([i in chosen for i in range(4)]).to(torch.uint8)
+    message = Message({"params": Bundle(start), "masks": Bundle({"layers": mask})})
+
+    def answer(effect: Any) -> Any:
+        if isinstance(effect, Gradient):
+            return {name: t + 2.0 for name, t in effect.params.items()}
+        assert {name for name in start if effect.trainable(name)} == named
+        return Fitted({name: t + 1.0 for name, t in start.items()}, 1, 0.1, 1, 1, (0.5,))
+
+    client = Client("a", 0, {}, 1, 1.0, start, lambda round_: start)
+    update, memory = drive(Selective().train(client, message), answer)
+    assert set(update.message.groups["params"].tensors) == named
+    assert update.message.groups["scores"].tensors["layers"].tolist() == pytest.approx([12**0.5] * 4)
+    assert memory == {}
 
 
 # runs

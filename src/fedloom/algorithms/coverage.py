@@ -102,6 +102,6 @@ def nearest_each(points: Sequence[Tensor], stock: Tensor, count: int) -> list[li
     for point in points:
         near = (stock @ point).masked_fill(~free, -torch.inf)
         own: list[int] = torch.argsort(near, descending=True, stable=True)[: min(count, int(free.sum()))].tolist()
-        pass
+        free[own] = False
         taken.append(own)
     return taken
