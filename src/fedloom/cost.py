@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedloom import slots
 from fedloom.client.adapted import Adapted
 from fedloom.client.adapters import SHARED_INPUTS
 from fedloom.client.attached import Attached
@@ -127,7 +128,7 @@ def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool]
     """Return the multiplications of a token with the factors, forward and backward; other tensors cost next to none."""
     forward = backward = 0
     for name, tensor in start.items():
-        module, _, kind = name.rpartition(".")
+        module, _, kind = slots.plain(name).rpartition(".")
         if kind not in ("lora_A", "lora_B", "lora_R"):
             continue
         forward += tensor.numel()

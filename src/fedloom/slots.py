@@ -61,6 +61,11 @@ def slot_of(name: str) -> int:
     return int(part[4:]) if part.startswith("slot") and part[4:].isdigit() else 0
 
 
+def plain(name: str) -> str:
+    """Return the name that a tensor of any slot has in an adapter of its own."""
+    return name.replace(f".slot{slot_of(name)}.", ".") if slot_of(name) else name
+
+
 def is_main(name: str) -> bool:
     """Return whether a tensor is a factor of the main slot."""
     return name.rpartition(".")[2] in ("lora_A", "lora_B") and not slot_of(name)
@@ -80,7 +85,7 @@ def slot(params: Tensors, i: int) -> dict[str, Tensor]:
     """Return the adapter in slot i, under the names of a main one."""
     if not i:
         return main(params)
-    return {name.replace(f".slot{i}.", "."): tensor for name, tensor in params.items() if slot_of(name) == i}
+    return {plain(name): tensor for name, tensor in params.items() if slot_of(name) == i}
 
 
 def count(params: Tensors) -> int:

@@ -13,7 +13,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedloom import slots
+from fedloom import cost, slots
 from fedloom.client.adapters import Lora
 from fedloom.client.fit import Job, fit, losses, score
 from fedloom.client.generate import answers
@@ -287,3 +287,12 @@ def test_the_router_sees_what_dropout_does_not_touch() -> None:
         fit(bench, [Job("a", 0, rows, Fit(_mixture(bench, "routed")))])
     assert seen
     assert not any(bool((x == 0).any()) for x in seen)
+
+
+def test_a_slot_costs_what_a_higher_rank_costs() -> None:
+    bench = _bench()
+    shapes = cost.shapes_of(bench.model, bench.attached)
+    several = [_adapter(bench, i, rank) for i, rank in enumerate(RANKS)]
+    mixed = Fit(slots.beside(*several, weights=(1.0, 2.0, 3.0)))
+    one = Fit(slots.collapsed(mixed.start, bench.attached.scale))
+    assert cost.of_rows(shapes, mixed, [7, 9], [3, 4]) == cost.of_rows(shapes, one, [7, 9], [3, 4])
