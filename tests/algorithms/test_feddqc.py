@@ -34,8 +34,7 @@ def _world(folder: Path, out: Path, **changes: Any) -> World:
 # neutral settings
 
 
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
-@pytest.mark.parametrize("knobs", [{}, {"threshold": -1e9}])
+@pytest.mark.parametrize(("weighting", "knobs"), [("examples", {}), ("uniform", {"threshold": -1e9})])
 def test_all_rows_in_one_stage_are_fedavg_bit_for_bit(
     tiny_folder: Path, tmp_path: Path, weighting: str, knobs: dict[str, float]
 ) -> None:

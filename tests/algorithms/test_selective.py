@@ -177,8 +177,7 @@ def test_what_a_client_trains_and_sends(chosen: set[int]) -> None:
 # runs
 
 
-@pytest.mark.parametrize("rule", ["gradient-norm", "rgn", "random", "top"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize(("rule", "dtype"), [("gradient-norm", "fp32"), ("rgn", "fp64"), ("random", "fp32")])
 def test_all_layers_are_fedavg_bit_for_bit(tiny_folder: Path, tmp_path: Path, rule: str, dtype: str) -> None:
     plain = run(tiny_folder, tmp_path / "a", model={"dtype": dtype})
     chosen = {"name": "selective", "budget": 2, "rule": rule}
@@ -278,7 +277,7 @@ def test_resumed_is_straight(tiny_folder: Path, tmp_path: Path) -> None:
     assert same(adapter(straight), adapter(again))
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "ia3", "full"])
+@pytest.mark.parametrize("name", ["dora", "ia3", "full"])
 def test_adapters_with_layers(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     small = {"name": name, "r": 2, "alpha": 4} if "ora" in name else {"name": name}
     changed = {**tree(tiny_folder), "adapter": small, "algorithm": {**SHALLOW, "rule": "gradient-norm"}}
