@@ -156,6 +156,10 @@ def survey(algorithm: Algorithm, recipe: Recipe, clients: Sequence[str], shapes:
         state = run.drive(algorithm.step(run.server, state, combined))
         if algorithm.tells_missed:
             state = replace(state, seen=dict.fromkeys(clients, round_))
+    for client in clients if algorithm.finishes else ():
+        message = algorithm.broadcast(run.server, state, client)
+        _, kept = run.drive(algorithm.finish(run.client(client, ROUNDS), message))
+        _note(found.keeps, kept, shapes)
     return found
 
 
@@ -290,5 +294,6 @@ def _size(message: Message, shapes: Shapes) -> float:
 def _note(seen: dict[str, set[str]], groups: Mapping[str, Bundle], shapes: Shapes) -> None:
     for group, bundle in groups.items():
         kinds = {name.rpartition(".")[2].removeprefix("lora_") for name in bundle.tensors}
-        kinds |= {"scalars"} if bundle.scalars and not bundle.tensors else set()
+        kinds |= {"texts"} if bundle.texts else set()
+        kinds |= {"scalars"} if bundle.scalars and not kinds else set()
         seen.setdefault(group, set()).update(kinds)
