@@ -55,7 +55,17 @@ from fedloom.types import RecipeError, suggest
 from fedloom.wire.transforms import Transform
 
 SUFFIXES = (".yaml", ".yml")
-RESUMABLE = ("rounds", "evaluate", "adapt_steps", "early_stop", "checkpoint", "trackers", "compare", "budget")
+RESUMABLE = (
+    "rounds",
+    "evaluate",
+    "adapt_steps",
+    "adapt_lr",
+    "early_stop",
+    "checkpoint",
+    "trackers",
+    "compare",
+    "budget",
+)
 """Keys that a resume may change: none of them touches the training of the rounds that are already done."""
 
 
@@ -109,6 +119,8 @@ class Recipe(Record):
     adapt_steps: NonNegativeInt = 0
     """Steps that every client takes on its own rows, from the adapter that it would use, before it is measured once
     more at the end, as a regime of its own (`federated adapted`, `unseen adapted`); 0: none."""
+    adapt_lr: PositiveFloat | None = None
+    """Learning rate of these steps, constant; null: the trainer's."""
     seed: int = Field(default=0, ge=0)
 
     @field_validator("trackers", mode="before")

@@ -52,6 +52,7 @@ class Client:
         lora: what ranks mean; None: the adapter has no LoRA factors.
         steps: optimiser steps that the trainer gives it in this round.
         seed: of the run; see `stream`.
+        lr: of its fits, unless they say otherwise; None: the trainer's.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Client:
     lora: Ranks | None = None
     steps: int = 1
     seed: int = 0
+    lr: float | None = None
 
     def stream(self, purpose: str, round_: int | None = None) -> torch.Generator:
         """Return the client's own random stream for a purpose; the same in every round unless it is of one."""
@@ -75,7 +77,7 @@ class Client:
         Args:
             how: further fields of `Fit`.
         """
-        fitted: Fitted = yield Fit(start, **how)
+        fitted: Fitted = yield Fit(start, **{"lr": self.lr, **how})
         return fitted
 
     def score(self, params: Tensors | None, split: Split) -> Steps[Bundle]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -76,7 +76,7 @@ class RegimeView:
         return self.regime.endswith(ADAPTED)
 
     def _adapted(self, client: Client, message: Message) -> Steps[Tensors]:
-        return self.recipe.algorithm.adapt(client, message, self.recipe.adapt_steps)
+        return self.recipe.algorithm.adapt(replace(client, lr=self.recipe.adapt_lr), message, self.recipe.adapt_steps)
 
     def _scored_adapted(self, client: Client, message: Message) -> Steps[Bundle]:
         adapted = yield from self._adapted(client, message)
