@@ -334,7 +334,9 @@ def test_frames_keep_every_bit() -> None:
     import torch
 
     memory = {"control": Bundle({"a": torch.tensor([1.0, float("nan"), -0.0])}, {"x": 0.1 + 0.2}, {"t": "é"})}
-    asked = pipes.unpack(pipes.pack(pipes.train(3, 7, [Errand("a", b"\x00\xff", memory), Errand("b", b"", {})])))
+    asked = pipes.unpack(
+        pipes.pack(pipes.train(3, 7, [Errand("a", b"\x00\xff", memory), Errand("b", b"", {})], finish=False))
+    )
     first, second = pipes.errands(asked)
     assert (asked.head["round"], first.client, first.message, second.message, second.memory) == (
         7,
