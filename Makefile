@@ -25,7 +25,7 @@ test: $(STAMP)  ## Run every test but the slow ones, one process a core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests
 
 test-slow: $(STAMP)  ## Run the slow tests: every method on the bundled model.
-	$(BIN)/python -m pytest -q -n auto -m slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow tests
 
 check: $(STAMP)  ## Lint, types and import contracts.
 	$(BIN)/ruff check .
