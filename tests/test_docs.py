@@ -53,7 +53,9 @@ def test_commands_recipes_and_links_exist(page: Path) -> None:
     for verb in re.findall(r"(?<!from )\bfedloom ([a-z]+)\b", code):
         assert verb in VERBS, f"fedloom {verb}"
     for name in re.findall(r"--set-file ([\w.-]+)", code):
-        assert name in recipes.shipped() or name == "NAME", name
+        # an ending, as `fedloom bench` takes it, is that of some recipes' own files
+        ending = name.startswith("_") and any(one.endswith(name) for one in recipes.shipped())
+        assert name in recipes.shipped() or ending or name == "NAME", name
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / target).exists(), target
 
