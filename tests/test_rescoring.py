@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.evaluate.problem_file import problem_file
 from tests.helpers import lines, tree
 from typer.testing import CliRunner, Result
 
@@ -24,20 +25,7 @@ def command(*words: str) -> Result:
 
 @pytest.fixture
 def problems(tmp_path: Path) -> Path:
-    """Three problems whose prompt is the whole program: any continuation that is no syntax error passes."""
-    path = tmp_path / "problems.jsonl"
-    records = [
-        {
-            "task_id": f"HumanEval/{i}",
-            "prompt": f"def plus{i}(x: int) -> int:\n",
-            "entry_point": f"plus{i}",
-            "canonical_solution": f"    return x + {i}\n",
-            "test": f"def check(plus):\n    assert plus(1) == {i + 1}\n",
-        }
-        for i in range(3)
-    ]
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
-    return path
+    return problem_file(tmp_path)
 
 
 def unrun(tmp_path: Path, tiny_folder: Path, problems: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -136,19 +136,21 @@ def reevaluate(target: Target, sink: Sink, out: Path | None = None) -> Measured:
         links = [place / name for name in ("checkpoints", "memories") if run is not None and (run / name).is_dir()]
         for link in links:
             link.symlink_to((run / link.name).resolve())  # type: ignore[operator]
-        world = World(recipe, place, prepare(recipe, sink), sink)
-        state = recipe.algorithm.init(world.assets.initial)
-        if target.checkpoint is not None and run is not None:
-            state, _ = world.checkpoints.load(find_round(run, world.checkpoints, target.checkpoint))
-            world.memories.look_at(state.round + FINISHED)
-        names = ["base"]
-        if target.regime is not None:
-            names += [target.regime, *(world.beside(target.regime) if run is not None else ())]
-        metrics = {name: world.measure(state, name) for name in names}
-        missed = {regime: why for regime, why in world.totals.not_run.items() if why}
-        found = Measured(metrics, intervals(place), missed)
-        for link in links:
-            link.unlink()
+        try:
+            world = World(recipe, place, prepare(recipe, sink), sink)
+            state = recipe.algorithm.init(world.assets.initial)
+            if target.checkpoint is not None and run is not None:
+                state, _ = world.checkpoints.load(find_round(run, world.checkpoints, target.checkpoint))
+                world.memories.look_at(state.round + FINISHED)
+            names = ["base"]
+            if target.regime is not None:
+                names += [target.regime, *(world.beside(target.regime) if run is not None else ())]
+            metrics = {name: world.measure(state, name) for name in names}
+            missed = {regime: why for regime, why in world.totals.not_run.items() if why}
+            found = Measured(metrics, intervals(place), missed)
+        finally:
+            for link in links:
+                link.unlink()
         if out is not None:
             write_atomic(out / "recipe.yaml", recipe.model_copy(update={"compare": ()}).to_yaml().encode())
             books = {"metrics": metrics, "not_run": missed, "evaluation": world.totals.evaluation}

@@ -12,7 +12,6 @@ from fedloom.evaluate.code.judging import Verdict, judge
 from fedloom.evaluate.probe import chosen
 from fedloom.evaluate.view import spread
 from fedloom.outcome import write_summary
-from fedloom.recipe import Recipe
 from fedloom.reopen import read_recipe
 from fedloom.types import ModelError
 from fedloom.wire.codec import write_atomic
@@ -40,22 +39,25 @@ def rescore(folder: Path, unsafe: bool = False) -> dict[str, Any]:
         raise ModelError(f"{folder}: no program waits to be run")
     if isinstance(runner := chosen(unsafe), str):
         raise ModelError(f"the programs still cannot be run: {runner}; --unsafe-execution runs them without a sandbox")
-    _place(folder, recipe, evaluators, summary, unsafe)
+    judged = _place(folder, evaluators, summary, unsafe)
     for name, place in places.items():
         other = _read(place)
-        _place(place, recipe, evaluators, other, unsafe)
+        judged |= _place(place, evaluators, other, unsafe)
         write_summary(place, other)
         for key in ("metrics", "not_run"):
             summary[key][name] = other[key].get(name, {})
     summary["not_run"] = {regime: why for regime, why in summary["not_run"].items() if why}
     write_summary(folder, summary)
+    for path, lines in judged.items():  # last, so that after a kill they still wait
+        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return summary
 
 
 def _place(
-    place: Path, recipe: Recipe, evaluators: Iterable[CodeEvaluator], summary: dict[str, Any], unsafe: bool
-) -> None:
-    """Judge one regime's programs and put the results into its summary."""
+    place: Path, evaluators: Iterable[CodeEvaluator], summary: dict[str, Any], unsafe: bool
+) -> dict[Path, list[dict[str, Any]]]:
+    """Judge the programs of one run folder, put the results into its summary, and return its samples with scores."""
+    judged = {}
     for evaluator in evaluators:
         if not _waiting(place, evaluator):
             continue
@@ -63,10 +65,10 @@ def _place(
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         evaluator = evaluator.model_copy(update={"unsafe_execution": unsafe})
         _judge(evaluator, lines)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(path, text.encode())
+        judged[path] = lines
         for regime in dict.fromkeys(line["regime"] for line in lines):
             _book(evaluator, [line for line in lines if line["regime"] == regime], regime, summary)
+    return judged
 
 
 def _judge(evaluator: CodeEvaluator, lines: list[dict[str, Any]]) -> None:

@@ -13,7 +13,8 @@ from tests.helpers import run, same, tree
 
 from fedloom import recipe as recipes
 from fedloom import slots
-from fedloom.algorithms.fedalt import KEPT, OWN, ROUTERS, WORLD, FedAlt
+from fedloom.algorithms.fedalt import OWN, ROUTERS, WORLD, FedAlt
+from fedloom.algorithms.kept import SLOT
 from fedloom.client.adapters import Lora
 from fedloom.reevaluate import reevaluate, target
 from fedloom.reopen import reopen
@@ -82,7 +83,7 @@ def test_what_moves_and_what_is_sent() -> None:
     assert all(set(memory) == {OWN, ROUTERS} for memory in them.memories.values())
     # what the server keeps of a client is what the client has, bit for bit
     for name, memory in them.memories.items():
-        assert same(dict(them.state.slots[f"{KEPT}{name}"].tensors), dict(memory[OWN].tensors))
+        assert same(dict(them.state.slots[f"{SLOT}{name}"].tensors), dict(memory[OWN].tensors))
 
 
 def test_what_is_saved_is_what_would_be_used(tiny_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tests.helpers import run, same
 
 from fedloom import slots
 from fedloom.algorithms import Client
-from fedloom.algorithms.fedpit import OWN, SYNTHETIC, FedPit, _packed, _read, _shown, _unpacked
+from fedloom.algorithms.fedpit import OWN, SYNTHETIC, FedPit, _read, _shown
+from fedloom.algorithms.pairs import packed, unpacked
 from fedloom.types import Bundle, Fit, Fitted, Generate, Memory, Message, Pair, Texts
 from fedloom.world import World
 
@@ -40,7 +41,7 @@ def _other_rows(of: World, name: str, indices: np.ndarray) -> None:
 
 def test_the_shared_adapter_never_sees_a_private_row(tiny_folder: Path, tmp_path: Path) -> None:
     """With the same made-up pairs the message is the same, bit for bit, whatever the private rows are."""
-    memory = {SYNTHETIC: _packed(MADE_UP, 0)}
+    memory = {SYNTHETIC: packed(MADE_UP, round=0.0)}
     sent, kept = [], []
     for other in (False, True):
         of = world(tiny_folder, tmp_path, algorithm="fedpit", data={"max_tokens": 2000})
@@ -59,7 +60,7 @@ def test_the_shared_adapter_never_sees_a_private_row(tiny_folder: Path, tmp_path
 
 def test_the_shared_adapter_learns_from_the_made_up_pairs(tiny_folder: Path, tmp_path: Path) -> None:
     of = world(tiny_folder, tmp_path, algorithm="fedpit", data={"max_tokens": 2000})
-    sent = [_update(of, {SYNTHETIC: _packed(pairs, 0)})[0] for pairs in (MADE_UP, MADE_UP[::-1], ())]
+    sent = [_update(of, {SYNTHETIC: packed(pairs, round=0.0)})[0] for pairs in (MADE_UP, MADE_UP[::-1], ())]
     params = [dict(update.message.groups["params"].tensors) for update in sent]
     assert not same(params[0], params[1])
     assert all(float(t.abs().max()) == 0 for t in params[2].values())
@@ -109,7 +110,7 @@ def test_copies_and_broken_pairs_are_dropped() -> None:
     second = [" Count to three.\nResponse: One, two, three."] * 2 + [" Which sea is salt?\nResponse: All."] * 5
     algorithm = FedPit(synthetic=7, shots=1)
     memory, fits, asked = _written(algorithm, _client({}), [first, second])
-    kept = _unpacked(memory[SYNTHETIC])
+    kept = unpacked(memory[SYNTHETIC])
     assert [pair.question for pair in kept] == ["What is a verb?", "Count to three.", "Which sea is salt?"]
     assert kept[0].answer == "A word that tells what is done."
     assert len(asked) == 2
@@ -135,15 +136,15 @@ def test_pairs_are_made_once_or_renewed() -> None:
     assert not _written(renewing, _client(memory, 2), [])[2]
     later, _, asked = _written(renewing, _client(memory, 3), [[" And a noun?\nResponse: A thing."]])
     assert len(asked) == 1
-    assert _unpacked(later[SYNTHETIC]) == (Pair("And a noun?", "A thing."),)
+    assert unpacked(later[SYNTHETIC]) == (Pair("And a noun?", "A thing."),)
     assert later[SYNTHETIC].scalars["round"] == 3
 
 
 def test_what_is_shown_can_be_read_back() -> None:
     (first,) = _read([_shown(PRIVATE).removeprefix("Instruction:")])
     assert first == PRIVATE[0]
-    assert _unpacked(_packed(PRIVATE, 4)) == PRIVATE
-    assert _unpacked(Bundle()) == ()
+    assert unpacked(packed(PRIVATE, round=4.0)) == PRIVATE
+    assert unpacked(Bundle()) == ()
 
 
 def test_the_tiny_model_writes_from_its_clients_rows(tiny_folder: Path, tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_the_tiny_model_writes_from_its_clients_rows(tiny_folder: Path, tmp_path
     assert same(dict(state.params), dict(of.assets.initial))
     for name in of.clients:
         memory = of.memories.load(name)
-        assert _unpacked(memory[SYNTHETIC]) == ()
+        assert unpacked(memory[SYNTHETIC]) == ()
         own = of.engine.at_client(state, name, of.recipe.algorithm.own)
         assert same(slots.slot(own, 1), dict(state.params))
         assert any(float(t.abs().max()) > 0 for n, t in slots.main(own).items() if n.endswith("lora_B"))

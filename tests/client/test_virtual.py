@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,70 +10,29 @@ import peft
 import pytest
 import torch
 from tests.client.test_cohort import NAMES, _rows, _worst
-from tests.client.test_generate import PROMPTS, TOKENIZER, oracle, recurrent, sliding
+from tests.client.test_generate import PROMPTS, TOKENIZER, oracle
 from tests.client.test_likelihood import PAIRS, check
+from tests.client.virtual_parts import IDS, PARTS, M, attached, each, some, tokens_of
 from tests.report.test_cost import counted
 from tests.tiny import tiny_model
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
     DynamicCache,
-    FalconConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    OPTConfig,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from fedloom import cost
-from fedloom.client.adapters import Adapter
-from fedloom.client.attached import Attached
 from fedloom.client.fit import Job, fit, gradient, score
 from fedloom.client.generate import greedy, sample
 from fedloom.client.likelihood import likelihoods
 from fedloom.client.objectives import Sft
-from fedloom.client.p_tuning import PTuning, encode
+from fedloom.client.p_tuning import encode
 from fedloom.client.prefix_tuning import PrefixTuning
 from fedloom.client.prompt_tuning import PromptTuning
 from fedloom.client.prompts import Batch, begin, beginning, evaluating
 from fedloom.client.trainer import Bench, Trainer
-from fedloom.client.virtual import EMBEDDINGS, Backbone
+from fedloom.client.virtual import EMBEDDINGS
 from fedloom.types import Correction, Fit, Fitted, ModelError
-
-M = 5
-PARTS: dict[str, Adapter] = {
-    "prompt": PromptTuning(tokens=M),
-    "prefix": PrefixTuning(tokens=M),
-    "encoder": PTuning(tokens=M, hidden=12),
-    "embeddings": PTuning(tokens=M, hidden=12, share="embeddings"),
-}
-IDS = torch.arange(3, 43).view(2, 20)
-each = pytest.mark.parametrize("kind", PARTS)
-
-
-def attached(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, Attached]:
-    model = tiny_model(dtype).requires_grad_(False)
-    return model, PARTS[kind].attach(model)
-
-
-def some(adapter: Attached, seed: int = 0, scale: float = 0.3) -> dict[str, Tensor]:
-    """Return the starting point, moved at random."""
-    stream, start = torch.Generator().manual_seed(seed), adapter.init(0, torch.float64)
-    return {name: t + scale * torch.randn(t.shape, generator=stream, dtype=t.dtype) for name, t in start.items()}
-
-
-def tokens_of(params: dict[str, Tensor]) -> Tensor:
-    """Return what peft saves of an adapter, (m, width)."""
-    if EMBEDDINGS in params:
-        return params[EMBEDDINGS]
-    x = params["prompt_encoder.embedding"]
-    for i, layer in enumerate((0, 2, 4)):
-        name = f"prompt_encoder.mlp_head.{layer}"
-        x = torch.nn.functional.linear(torch.relu(x) if i else x, params[f"{name}.weight"], params[f"{name}.bias"])
-    return x
 
 
 def naive(model: PreTrainedModel, kind: str, tokens: Tensor, ids: Tensor) -> Tensor:
@@ -357,66 +315,6 @@ def test_a_correction_of_embeddings_has_no_place_in_an_encoder() -> None:
     effect = Fit(some(adapter), correct=Correction(some(adapter), "gradient"))
     with pytest.raises(ModelError, match=r"set adapter\.share=encoder"):
         fit(bench, [Job("a", 0, _rows()["a"], effect)])
-
-
-def other_model(config: Any) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
-    return model
-
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-OTHERS = {
-    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
-    "neox": GPTNeoXConfig(**SMALL, intermediate_size=48, initializer_range=0.3),
-    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
-    "bloom": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
-    "falcon": FalconConfig(**SMALL, alibi=False, initializer_range=0.3),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("part", [PromptTuning(tokens=M), PrefixTuning(tokens=M)])
-def test_other_architectures_read_on_behind_what_they_read_before(name: str, part: Adapter) -> None:
-    """Learned positions, ALiBi, rotary: what real tokens would have left is put in as virtual ones."""
-    model, ids = other_model(OTHERS[name]), torch.arange(3, 23).view(2, 10)
-    plain = copy.deepcopy(model)
-    try:
-        adapter = part.attach(model)
-    except ModelError as error:
-        assert name == "bloom", error
-        assert all(word in str(error) for word in (part.part_name, "bloom"))
-        return
-    front = torch.tensor([[7, 8, 9, 10, 11]])
-    table = plain.get_input_embeddings()(front)
-    if isinstance(part, PromptTuning):
-        params = {EMBEDDINGS: table[0]}
-    else:
-        pairs = Backbone(copy.deepcopy(plain), M, adapter.owners).pairs_of(table)
-        whole = torch.stack([torch.stack(pair) for pair in pairs])[:, :, 0]
-        params = {EMBEDDINGS: whole.permute(3, 0, 1, 2, 4).reshape(M, -1)}
-    adapter.load([params])
-    expected = plain(input_ids=torch.cat([front.expand(2, -1), ids], 1)).logits[:, M:]
-    # some of these compute norms or softmax in float32 whatever the model's dtype
-    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
-
-
-def t5() -> PreTrainedModel:
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    return T5ForConditionalGeneration(config).eval()
-
-
-@pytest.mark.parametrize("kind", ["prompt", "prefix", "encoder"])
-@pytest.mark.parametrize(("build", "words"), [(sliding, "mistral"), (recurrent, "qwen3_next"), (t5, "t5")])
-def test_a_model_that_cannot_see_them_is_refused_by_name(kind: str, build: Callable[[], Any], words: str) -> None:
-    model = build()
-    decoder = model.get_decoder()
-    before = decoder.forward
-    with pytest.raises(ModelError, match=words) as error:
-        PARTS[kind].attach(model)
-    assert f"adapter={PARTS[kind].part_name}" in str(error.value)
-    assert decoder.forward == before
 
 
 @each

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.evaluate.bare_view import BareView
+from tests.evaluate.problem_file import problem_file
 from tests.helpers import lines, tree
 from typer.testing import CliRunner
 
@@ -52,20 +53,7 @@ class Answering(BareView):
 
 @pytest.fixture
 def problems(tmp_path: Path) -> Path:
-    """Six problems in HumanEval's format."""
-    path = tmp_path / "problems.jsonl"
-    records = [
-        {
-            "task_id": f"HumanEval/{i}",
-            "prompt": f"def plus{i}(x: int) -> int:\n",
-            "entry_point": f"plus{i}",
-            "canonical_solution": f"    return x + {i}\n",
-            "test": f"def check(candidate):\n    assert candidate(1) == {1 + i}\n",
-        }
-        for i in range(6)
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    return problem_file(tmp_path)
 
 
 @needed

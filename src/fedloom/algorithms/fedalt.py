@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fedloom import slots, tensors
+from fedloom.algorithms import kept
 from fedloom.algorithms.base import Algorithm, Client, Server
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
@@ -33,8 +34,6 @@ OWN, ROUTERS = "individual", "routers"
 """Names of the memory groups with a client's adapter and its routers."""
 WORLD = "rest_of_world"
 """Name of the message group with the mean of the others."""
-KEPT = "client:"
-"""What the server's slots with a client's latest adapter begin with; the client's name follows."""
 
 
 class FedAlt(Algorithm, name="fedalt"):
@@ -58,17 +57,16 @@ class FedAlt(Algorithm, name="fedalt"):
         fitted = yield from client.fit(start, trainable=_moves)
         change = tensors.sub(slots.main(fitted.params), slots.main(start))
         # applied as the server applies it, so that both hold the same bits
-        own = Bundle(tensors.add(slots.main(start), change), texts={"client": client.name})
+        own = Bundle(tensors.add(slots.main(start), change))
         routers = Bundle({name: t for name, t in fitted.params.items() if slots.is_router(name)})
-        return client.update(change, fitted), {**client.memory, OWN: own, ROUTERS: routers}
+        memory = kept.signed({**client.memory, OWN: own, ROUTERS: routers}, client.name)
+        return client.update(change, fitted), memory
 
     def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
         groups = {}
         for update in updates:
-            name = f"{KEPT}{update.client}"
-            before = state.slots.get(name, Bundle(state.params)).tensors
-            latest = tensors.add(before, update.message.groups["params"].tensors)
-            groups[name] = Bundle(latest, {"weight": update.weight})
+            latest = tensors.add(kept.kept(state, update.client), update.message.groups["params"].tensors)
+            groups[f"{kept.SLOT}{update.client}"] = Bundle(latest, {"weight": update.weight})
         return done(Message(groups))
 
     def step(self, server: Server, state: ServerState, combined: Message) -> Steps[ServerState]:
@@ -88,7 +86,7 @@ class FedAlt(Algorithm, name="fedalt"):
         if memory is None:
             return {}
         own = memory.get(OWN, Bundle(state.params))
-        world = _mean(state, own.texts.get("client")) or state.params
+        world = _mean(state, kept.signer(memory)) or state.params
         return {"personal": _mixed(own.tensors, world, memory)}
 
     @staticmethod
@@ -115,12 +113,12 @@ def _mean(state: ServerState, without: str | None) -> Tensors:
     """Return the mean of the clients' latest adapters without one of them; empty: there is none."""
     mean: Tensors = {}
     total = 0.0
-    for name in sorted(state.slots):
-        kept = state.slots[name]
-        if not name.startswith(KEPT) or name == f"{KEPT}{without}":
+    for name in kept.everyone(state):
+        if name == without:
             continue
-        weight = kept.scalars["weight"]
+        latest = state.slots[f"{kept.SLOT}{name}"]
+        weight = latest.scalars["weight"]
         total += weight
         # one alone is returned bit for bit
-        mean = tensors.add(mean, tensors.sub(kept.tensors, mean), weight / total) if mean else kept.tensors
+        mean = tensors.add(mean, tensors.sub(latest.tensors, mean), weight / total) if mean else latest.tensors
     return mean

@@ -30,6 +30,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from fedloom import slots, tensors
 from fedloom.algorithms.base import Client
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.pairs import packed, unpacked
 from fedloom.data.similar import rouge_l
 from fedloom.types import (
     Bundle,
@@ -77,7 +78,7 @@ class FedPit(FedAvg, name="fedpit"):
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
         start = message.groups["params"].tensors
         made = yield from self._made(client, start)
-        pairs = _unpacked(made)
+        pairs = unpacked(made)
         local = yield from self._local(client, start, pairs, self.local_steps)
         made_up = torch.arange(client.examples, client.examples + len(pairs))
         shared = yield from client.fit(start, pairs=pairs, rows=made_up)
@@ -92,7 +93,7 @@ class FedPit(FedAvg, name="fedpit"):
         return done(_mixed(client.memory, message.groups["params"].tensors))
 
     def adapt(self, client: Client, message: Message, steps: int) -> Steps[Tensors]:
-        pairs = _unpacked(client.memory.get(SYNTHETIC, Bundle()))
+        pairs = unpacked(client.memory.get(SYNTHETIC, Bundle()))
         return (yield from self._local(client, message.groups["params"].tensors, pairs, steps)).params
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
@@ -123,7 +124,7 @@ class FedPit(FedAvg, name="fedpit"):
                     kept.append(pair)
             if len(kept) == self.synthetic:
                 break
-        return _packed(kept, client.round)
+        return packed(kept, round=float(client.round))
 
     def _copies(self, pair: Pair, other: Pair) -> bool:
         """Return whether a pair is too near to another."""
@@ -154,13 +155,3 @@ def _read(texts: Sequence[str]) -> Iterator[Pair]:
         answer = rest.partition(QUESTION)[0]
         if QUESTION not in question and question.strip() and answer.strip():
             yield Pair(question.strip(), answer.strip())
-
-
-def _packed(pairs: Sequence[Pair], round_: int) -> Bundle:
-    texts = {f"{kind}:{i}": getattr(one, kind) for i, one in enumerate(pairs) for kind in ("question", "answer")}
-    return Bundle(scalars={"round": float(round_), "count": float(len(pairs))}, texts=texts)
-
-
-def _unpacked(kept: Bundle) -> tuple[Pair, ...]:
-    count = int(kept.scalars.get("count", 0))
-    return tuple(Pair(kept.texts[f"question:{i}"], kept.texts[f"answer:{i}"]) for i in range(count))

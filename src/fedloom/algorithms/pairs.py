@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from fedloom.types import Bundle, Pair
 
 
-def packed(pairs: Sequence[Pair]) -> Bundle:
-    """Return pairs as texts, in their order."""
+def packed(pairs: Sequence[Pair], **scalars: float) -> Bundle:
+    """Return pairs as texts, in their order, with further numbers beside them."""
     texts = {}
     for i, pair in enumerate(pairs):
         texts[f"{i}.question"], texts[f"{i}.answer"] = pair.question, pair.answer
-    return Bundle(scalars={"pairs": float(len(pairs))}, texts=texts)
+    return Bundle(scalars={"pairs": float(len(pairs)), **scalars}, texts=texts)
 
 
 def unpacked(bundle: Bundle) -> tuple[Pair, ...]:

@@ -30,9 +30,6 @@ from fedloom import tensors
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.layer_rules import Asked, GradientNorm, LayerRule, layer_of, layers_of, of_layer
-from fedloom.client.p_tuning import PTuning
-from fedloom.client.prefix_tuning import PrefixTuning
-from fedloom.client.prompt_tuning import PromptTuning
 from fedloom.server.aggregate import wide
 from fedloom.types import (
     Bundle,
@@ -49,8 +46,6 @@ from fedloom.types import (
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
 
-WITHOUT_LAYERS = (PromptTuning, PrefixTuning, PTuning)
-"""Adapters that are one thing for all layers."""
 MASKS, SCORES, LAYERS = "masks", "scores", "layers"
 """Slots with each client's mask and scores; the tensor that holds them in a message."""
 
@@ -69,7 +64,7 @@ class Selective(FedAvg, name="selective"):
     """Rows of a client, its first ones, that the gradient is taken over."""
 
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
-        if isinstance(recipe.adapter, WITHOUT_LAYERS):
+        if not recipe.adapter.layered:
             yield (
                 f"algorithm={self.part_name} chooses among the layers of the adapter, and adapter="
                 f"{recipe.adapter.part_name} is one thing for all layers; set adapter=lora, or algorithm=fedavg"

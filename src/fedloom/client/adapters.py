@@ -55,6 +55,8 @@ class Adapter(Part, family=True):
     """Whether its tensors are LoRA factors: A and B of every module."""
     core: ClassVar[bool] = False
     """Whether they are frozen LoRA factors and a small R between them, the only one that is trained."""
+    layered: ClassVar[bool] = True
+    """Whether each of its tensors belongs to one layer of the model."""
     twice: ClassVar[bool] = False
     """Whether a pass goes through the layers twice before its gradient does, which layers that were cut cannot bear."""
 

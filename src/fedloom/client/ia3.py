@@ -171,7 +171,7 @@ class Ia3(Adapter, name="ia3"):
         check_targets(model, names)
         owners = Owners()
         return AttachedIa3(
-            replaced(model, names, lambda name, base: Ia3Linear(base, owners, name.endswith(feedforward))),
+            replaced(model, names, lambda name, base: Ia3Linear(base, owners, _ends(name, feedforward))),
             config,
             owners,
         )

@@ -18,6 +18,7 @@ A penalty on E (fedprox) reaches theta through E; a correction of E's gradient (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -51,7 +52,7 @@ def encoder_shapes(tokens: int, width: int, hidden: int) -> dict[str, tuple[int,
     """Return the tensors of an encoder of m tokens of d numbers with h hidden ones."""
     sizes = (width, hidden, hidden, width)
     shapes: dict[str, tuple[int, ...]] = {INPUT: (tokens, width)}
-    for name, d_in, d_out in zip(LAYERS, sizes, sizes[1:], strict=False):
+    for name, (d_in, d_out) in zip(LAYERS, pairwise(sizes), strict=True):
         shapes |= {f"{name}.weight": (d_out, d_in), f"{name}.bias": (d_out,)}
     return shapes
 
@@ -197,6 +198,7 @@ class PTuning(Adapter, name="p-tuning"):
     """P-tuning (arXiv 2103.10385): embeddings in front of every row, made by a small network that is trained."""
 
     stackable: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
     twice: ClassVar[bool] = True
 
     tokens: PositiveInt = 20

@@ -62,6 +62,7 @@ class PrefixTuning(Adapter, name="prefix-tuning"):
     """Prefix tuning (arXiv 2101.00190): trained keys and values in front of every row, in every layer."""
 
     stackable: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
 
     tokens: PositiveInt = 20
     """Virtual tokens; every row becomes so much longer for attention, and not for the other layers."""

@@ -55,6 +55,7 @@ class PromptTuning(Adapter, name="prompt-tuning"):
     """Prompt tuning (arXiv 2104.08691): trained embeddings in front of every row; the model stays as it is."""
 
     stackable: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
     twice: ClassVar[bool] = True
 
     tokens: PositiveInt = 20
