@@ -14,7 +14,7 @@ from tests.helpers import run, same, tree
 from fedloom import recipe as recipes
 from fedloom import slots
 from fedloom.algorithms.fedalt import OWN, ROUTERS, WORLD, FedAlt
-from fedloom.algorithms.kept import SLOT
+from fedloom.algorithms.kept import SLOT, WHO
 from fedloom.client.adapters import Lora
 from fedloom.reevaluate import reevaluate, target
 from fedloom.reopen import reopen
@@ -80,7 +80,7 @@ def test_what_moves_and_what_is_sent() -> None:
     for update in them.updates:
         assert not any(map(slots.is_router, names(update.message)))
         assert size(update.message) == size(them.down[update.client]) == payload
-    assert all(set(memory) == {OWN, ROUTERS} for memory in them.memories.values())
+    assert all(set(memory) == {OWN, ROUTERS, WHO} for memory in them.memories.values())
     # what the server keeps of a client is what the client has, bit for bit
     for name, memory in them.memories.items():
         assert same(dict(them.state.slots[f"{SLOT}{name}"].tensors), dict(memory[OWN].tensors))
