@@ -69,20 +69,23 @@ def test_restored_after_an_error() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_roomy_layer_holds_what_a_growing_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedloom.client import prompts
-
-    monkeypatch.setattr(prompts, "ROOM", 2)
+@pytest.mark.parametrize("room", [0, 2])
+def test_a_roomy_layer_holds_what_a_growing_one_does(room: int) -> None:
     torch.manual_seed(0)
-    layer, seen = _Roomy(), torch.zeros(3, 2, 0, 4)
+    layer, seen = _Roomy(room), torch.zeros(3, 2, 0, 4)
     for step in range(12):
         new = torch.randn(len(seen), 2, 1 + step % 2, 4)
         seen = torch.cat([seen, new], dim=2)
+        covered = layer.get_mask_sizes(new.shape[2])
         keys, values = layer.update(new, -new)
-        assert torch.equal(keys, seen)
-        assert torch.equal(values, -seen)
+        assert covered == (keys.shape[2], 0)
+        assert keys.is_contiguous()
+        assert torch.equal(keys[:, :, : seen.shape[2]], seen)
+        assert torch.equal(values[:, :, : seen.shape[2]], -seen)
+        assert not keys[:, :, seen.shape[2] :].any()
         if step == 5:  # a row leaves
-            layer.keys, layer.values, seen = layer.keys[1:], layer.values[1:], seen[1:]
+            layer.reorder_cache(torch.tensor([1, 2]))
+            seen = seen[1:]
         assert layer.get_seq_length() == seen.shape[2]
 
 

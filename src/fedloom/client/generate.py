@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom import seeds
+from fedloom.client.prepacked import prepacked
 from fedloom.client.prompts import Batch, begin, beginning, by_length, evaluating, plain, tokenised
 from fedloom.types import RecipeError
 
@@ -95,7 +96,7 @@ def answers(
     ids = tokenised(tokenizer, prompts)
     desk = _Desk(model, ids, _Ending(tokenizer, _end_tokens(model, tokenizer), decoding.stop), decoding, max_new_tokens)
     done = 0
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), prepacked(model, decoding.batch_rows):
         for _ in _decode(desk, beginning(model, ids)):
             if progress and desk.ended > done:
                 progress(desk.ended)

@@ -76,8 +76,7 @@ class _Fused(torch.autograd.Function):
         u = multiply(x, a_low.mT, spans)  # (n, g r)
         outs = []
         for layer, b, ug in zip(layers, b_low, _columns(u, factors), strict=True):
-            y = functional.linear(x, layer.weight(), layer.base.bias)  # type: ignore[arg-type]
-            outs.append(add_product(y, ug, b.mT, spans))
+            outs.append(add_product(layer.frozen(x), ug, b.mT, spans))
         ctx.save_for_backward(x, u, a_low, *b_low)
         ctx.layers, ctx.spans, ctx.dtype = layers, spans, factors[0].dtype
         ctx.ranks = [a.shape[1] for a in factors[::2]]
@@ -215,6 +214,11 @@ class LoraLinear(Adapted):
             weight = torch.addmm(weight, self.change[i], self.change[i + 1])
         return weight + self.change[-1] if len(self.change) % 2 else weight
 
+    def frozen(self, x: Tensor) -> Tensor:
+        """Return the frozen layer's output, with the change of its weight."""
+        out: Tensor = functional.linear(x, self.weight(), self.base.bias) if self.change else self.base(x)  # type: ignore[arg-type]
+        return out
+
     def shift(self, dense_part: Tensor | None, low: Factors | None) -> None:
         """Let the frozen weight be the untouched one plus a dense and a low-rank change, rounded once; None: nothing.
 
@@ -250,7 +254,7 @@ class LoraLinear(Adapted):
         return fused(x, (self,))[0]
 
     def _plain(self, x: Tensor, dropping: bool) -> Tensor:
-        y = functional.linear(x, self.weight(), self.base.bias) if self.change else self.base(x)  # type: ignore[arg-type]
+        y = self.frozen(x)
         # the reference path computes as peft does: activations rise to the factors' dtype
         dtype = self.a.dtype if self.exact else x.dtype
         low = x.reshape(-1, self.d_in).to(dtype)

@@ -18,11 +18,14 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from fedloom.client.cached import NAME as BY_PRODUCTS
 from fedloom.client.cached import by_products
 from fedloom.types import DataError
 
-ROOM = 64
+ROOM = 32
 """Tokens for which a cache has room ahead, so that it is copied once for so many."""
+ROOMY = (BY_PRODUCTS, "eager", "sdpa")
+"""Implementations of attention whose mask may cover places of a cache that are still empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,9 @@ class Batch:
         empty = int(mask.any(dim=0).int().argmax())
         for mine, its in zip(self.cache.layers, other.cache.layers, strict=True):
             pairs = ((mine.keys, its.keys), (mine.values, its.values))
-            mine.keys, mine.values = (_stacked(a, b, width - 1 - empty) for a, b in pairs)
+            seen, length = (mine.length, its.length), width - 1 - empty
+            mine.keys, mine.values = (_stacked(pair, seen, length, mine.room) for pair in pairs)
+            mine.length = length
         tokens, positions = (
             torch.cat(both) for both in ((self.tokens, other.tokens), (self.positions, other.positions))
         )
@@ -75,42 +80,60 @@ class Batch:
 
 
 class _Roomy(DynamicLayer):  # type: ignore[misc]
-    """A layer of a cache that is not copied for every token."""
+    """A layer of a cache that is copied once for many tokens, and whose products find their memory in one piece.
+
+    Attributes:
+        keys, values: (rows, heads, places, d), zeros from place `length` on; a mask covers all places.
+        room: places that are added beyond those needed, whenever there are too few.
+    """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
         super().__init__()
-        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
+        self.room, self.length = room, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens; see `DynamicLayer.update`."""
+        """Append tokens; return all places."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
+        end = self.length + key_states.shape[-2]
+        self.keys = self._appended(self.keys, key_states, end)
+        self.values = self._appended(self.values, value_states, end)
+        self.length = end
         return self.keys, self.values
 
-    def _appended(self, name: str, seen: Tensor, new: Tensor) -> Tensor:
-        start = seen.shape[-2] if seen.numel() else 0
-        end = start + new.shape[-2]
-        room, view = self._rooms.get(name, (new, None))
-        if view is not seen or end > room.shape[-2]:  # the rows are others than before, or there is no room left
-            room = new.new_empty(*new.shape[:2], end + ROOM, new.shape[-1])
-            room[:, :, :start] = seen if start else room[:, :, :0]
-        room[:, :, start:end] = new
-        view = room[:, :, :end]
-        self._rooms[name] = (room, view)
-        return view
+    def get_seq_length(self) -> int:
+        """Return the number of tokens."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys `update` will return, and how many are gone."""
+        return self._places(self.length + query_length), 0
+
+    def _places(self, end: int) -> int:
+        there = self.keys.shape[-2] if self.length else 0
+        return there if end <= there else end + self.room
+
+    def _appended(self, seen: Tensor, new: Tensor, end: int) -> Tensor:
+        places = self._places(end)
+        if not self.length or places > seen.shape[-2]:
+            grown = new.new_zeros(*new.shape[:2], places, new.shape[-1])
+            if self.length:
+                grown[:, :, : self.length] = seen[:, :, : self.length]
+            seen = grown
+        seen[:, :, self.length : end] = new
+        return seen
 
 
-def _stacked(a: Tensor, b: Tensor, width: int) -> Tensor:
-    """Return the rows of two (rows, heads, cached, d), both cut or padded on the left to `width`."""
-    out = a.new_zeros(len(a) + len(b), a.shape[1], width, a.shape[3])
-    for rows, one in ((slice(None, len(a)), a), (slice(len(a), None), b)):
-        kept = one[:, :, -width:]
-        out[rows, :, width - kept.shape[2] :] = kept
+def _stacked(pair: tuple[Tensor, Tensor], seen: tuple[int, int], length: int, room: int) -> Tensor:
+    """Return the rows of two (rows, heads, places, d), both cut or padded on the left to `length`, and room behind."""
+    (a, b), first = pair, len(pair[0])
+    out = a.new_zeros(first + len(b), a.shape[1], length + room, a.shape[3])
+    for rows, one, end in ((slice(None, first), a, seen[0]), (slice(first, None), b, seen[1])):
+        kept = one[:, :, max(0, end - length) : end]
+        out[rows, :, length - kept.shape[2] : length] = kept
     return out
 
 
@@ -171,7 +194,9 @@ def beginning(model: PreTrainedModel, ids: Sequence[Sequence[int]], most: int | 
     """
     cache = DynamicCache(config=model.config)
     if plain(cache):
-        cache.layers = [_Roomy() for _ in cache.layers]
+        # flash attention's kernels know no places that are still empty
+        room = ROOM if model.config.get_text_config()._attn_implementation in ROOMY else 0
+        cache.layers = [_Roomy(room) for _ in cache.layers]
     length = _shared(ids) if plain(cache) and len(ids) > 1 else 0
     length = length if most is None else min(length, most)
     if length:

@@ -62,6 +62,10 @@ class _Fronted(DynamicLayer):  # type: ignore[misc]
             key_states, value_states = self.own.update(key_states, value_states, self.index)
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        real = self.own.get_mask_sizes(query_length, self.index)[0] if self.own is not None else query_length
+        return int(self.keys.shape[-2]) + real, 0
+
     def get_seq_length(self) -> int:
         return int(self.keys.shape[-2]) + (self.own.get_seq_length(self.index) if self.own is not None else 0)
 
