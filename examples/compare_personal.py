@@ -8,7 +8,8 @@ right answers; `gain` the mean difference to `fedavg` over the same clients and 
 `worst` the worst client, a mean over seeds; `adapted` what some more steps on the client's own rows make of it;
 `unseen` and `unseen adapted` the same for clients kept out of training. Bytes are of a whole run; `tokens` are trained
 ones, which differ, as some methods train two adapters. Every run is an ordinary run folder, and finished ones are not
-run again; the figures stand in OUT/table.json too.
+run again; the figures stand in OUT/table.json too, with each client's share of right answers, seed by seed. A second
+table shows these for the first seed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A method's figures; None: not measured."""
+    """A method's figures; None: not measured.
+
+    Attributes:
+        clients: of each seed, client -> its own adapter's share of right answers.
+    """
 
     method: str
     own: float
@@ -81,6 +86,7 @@ class Row:
     down: float
     tokens: float
     seconds: float
+    clients: Mapping[str, Mapping[str, float]]
 
 
 def recipe(asked: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
@@ -154,6 +160,7 @@ def row(method: str, runs: Mapping[int, Run], shared: Mapping[int, Run] | None) 
         cost("bytes_down"),
         cost("trained_tokens"),
         cost("round_seconds"),
+        {str(seed): one.scores[one.own] for seed, one in runs.items()},
     )
 
 
@@ -170,7 +177,22 @@ def show(rows: Sequence[Row], seeds: Sequence[int], metric: str) -> None:
         shares = (share(one.worst), share(one.adapted), share(one.unseen), share(one.unseen_adapted))
         costs = (human_bytes(one.up), human_bytes(one.down), f"{one.tokens:,.0f}", f"{one.seconds:.0f}")
         table.add_row(one.method, share(one.own), gain, *shares, *costs)
-    Console(width=max(150, Console().width)).print(table)
+    console = Console(width=max(150, Console().width))
+    console.print(table)
+    console.print(by_client(rows, str(seeds[0])))
+
+
+def by_client(rows: Sequence[Row], seed: str) -> Table:
+    """Return the table of one seed's clients, from the worst to the best under the shared adapter."""
+    first = rows[0].clients[seed]
+    names = sorted(first, key=lambda name: first[name])
+    table = Table(title=f"each client, seed {seed}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    for one in rows:
+        table.add_row(one.method, *(f"{one.clients[seed][name]:.1%}" for name in names))
+    return table
 
 
 def arguments() -> argparse.Namespace:

@@ -50,11 +50,14 @@ def test_personal_methods(
     assert len(own["fedavg"]) == 6  # of eight clients two are unseen
     assert local["own"] == pytest.approx(sum(own["local"].values()) / 6)
     assert local["worst"] == min(own["local"].values())
+    assert local["clients"] == {"0": own["local"]}
     assert local["gain"][0] == pytest.approx(local["own"] - shared["own"])
     assert local["gain"][1] <= local["gain"][0] <= local["gain"][2]
     assert local["up"] == 0 < shared["up"]
     assert all(row[name] is not None for row in (shared, local) for name in ("adapted", "unseen", "unseen_adapted"))
-    assert "gain" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gain" in printed
+    assert all(client in printed for client in own["local"])
     # finished runs are read, not run again
     before = (tmp_path / "local-0" / "summary.json").stat().st_mtime_ns
     assert _table(monkeypatch, "compare_personal", tmp_path, *words) == [shared, local]

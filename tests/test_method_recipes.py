@@ -20,7 +20,7 @@ from fedloom.server.optim import ServerOptimizer
 FAMILIES = (Algorithm, ServerOptimizer, Aggregator, Attack, Adapter)
 PLAIN = {"fedavg", "fedprox", "scaffold", "local", "centralized", "sgd", "mean", "lora"}
 """Older than these recipes: `demo` runs them."""
-FORMS = {"nesterov", "fedavgm-ema", "lora-sb", "rslora"}
+FORMS = {"nesterov", "fedavgm-ema", "lora-sb"}
 """Of others that have a recipe; `diloco` uses the first, `fed-sb` the third."""
 SHIPPED = {name for family in FAMILIES for name in family.known if family.known[name].__module__.startswith("fedloom")}
 
