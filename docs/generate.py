@@ -133,7 +133,7 @@ r = 8 on all linear layers, fp32 adapters, 4 clients a round), and the sections 
 Shares: kinds of tensors in messages, A and B being the LoRA factors; a name before a colon is a further group of the
 message. Down, up: tensor bytes of one client's message in a round after the first; `bytes_down` and `bytes_up` of a run
 count the header too. Goes with: server optimisers (`server.optimizer`, `server.lr`), robust rules
-(`server.aggregator`), secure aggregation (the server needs the sum alone), clients of different ranks
+(`server.aggregator`), a server that sees nothing but the sum of the updates (sums alone), clients of different ranks
 (`adapter.ranks`).
 """
 

@@ -92,7 +92,7 @@ def test_files(tmp_path: Path) -> None:
     path.write_text("- a\n")
     with pytest.raises(RecipeError, match="expected a mapping"):
         recipes.load(path)
-    with pytest.raises(RecipeError, match=r"no such name or file.*shipped: "):
+    with pytest.raises(RecipeError, match=r"no such name or file.*fedloom list recipes"):
         recipes.load("demmo")
     with pytest.raises(RecipeError, match="no such file"):
         recipes.load(tmp_path / "none.yaml")

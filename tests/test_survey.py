@@ -57,7 +57,7 @@ def test_private_groups_are_in_no_message() -> None:
     assert found.shares == {"params": {"A"}}
     assert set().union(*found.keeps.values()) == {"B"}
     assert "mixed ranks" in partners(Algorithm.known["hetlora"])
-    assert "secure aggregation" not in partners(Algorithm.known["hetlora"])
+    assert "sums alone" not in partners(Algorithm.known["hetlora"])
     assert partners(Algorithm.known["fedex"]) == []
 
 

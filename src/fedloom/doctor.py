@@ -22,7 +22,7 @@ from huggingface_hub import constants
 
 from fedloom import allocator
 from fedloom.client.quantize import lacking
-from fedloom.home import BUNDLED, cpu_bf16, data_home, devices, home
+from fedloom.home import BUNDLED, cores, cpu_bf16, data_home, devices, home
 
 State: TypeAlias = Literal["ok", "warn", "missing"]
 _Finding: TypeAlias = tuple[State, str, str]  # state, detail, fix
@@ -98,7 +98,7 @@ def _bitsandbytes() -> _Finding:
 
 
 def _cores() -> _Finding:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = cores()
     threads, load = torch.get_num_threads(), psutil.getloadavg()[0]
     detail = f"{usable} usable, {threads} threads for torch, load {load:.1f}"
     if threads > usable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,7 @@ def _portable(value: Any) -> Any:
 
 def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
     """Return a model card: base, method, data and measured results."""
-    path = run / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"metrics": {}}
+    summary = read_summary(run) or {"metrics": {}}
     rows = [
         f"| {regime} | {evaluator} | {metric} | {value:.4g} |"
         for regime, found in summary["metrics"].items()

@@ -30,6 +30,11 @@ def devices() -> list[str]:
     return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_bf16() -> str:
     """Return which bf16 matrix instructions this CPU has: "AMX", "AVX512-BF16", or "" for none."""
     probes = (("AMX", "amx_tile"), ("AVX512-BF16", "avx512_bf16"))

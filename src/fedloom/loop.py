@@ -21,7 +21,7 @@ from fedloom.algorithms.local import Local
 from fedloom.checkpoint import Checkpoints
 from fedloom.client.adapters import Lora
 from fedloom.data.federation import split_table
-from fedloom.outcome import summarize, write_summary
+from fedloom.outcome import read_summary, summarize, write_summary
 from fedloom.plan import make_plan
 from fedloom.recipe import RESUMABLE, Recipe
 from fedloom.report import write_report
@@ -128,7 +128,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), sink: Sink | None 
     with _locked(folder):
         done = folder / "summary.json"
         if done.exists() and before == after:
-            return Result(folder, after, json.loads(done.read_text(encoding="utf-8")))
+            return Result(folder, after, read_summary(folder))
         done.unlink(missing_ok=True)  # it tells of the run before this one
         write_atomic(path, after.to_yaml().encode())
         return _story(after, folder, sink)
@@ -150,19 +150,19 @@ def _longer(text: str, rounds: int) -> str:
 
 def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
     """Run the recipe's own regime, then those it is compared with, on one resident model."""
-    trackers = open_all(recipe.trackers, folder, recipe.dump(), sink)
     for torn in sorted(folder.rglob(".*.tmp"), reverse=True):  # what a kill in mid-write left, deepest first
         if torn.is_dir() and not torn.is_symlink():
             shutil.rmtree(torn)
         else:
             torn.unlink()
+    trackers = open_all(recipe.trackers, folder, recipe.dump(), sink)
     with Sinks([*([sink] if sink else []), *trackers]) as sinks:
         assets = prepare(recipe, sinks)
         recipe = settle(recipe, assets)
         write_atomic(folder / "recipe.yaml", recipe.to_yaml().encode())
         table = json.dumps(split_table(assets.federation), indent=1, ensure_ascii=False)
         write_atomic(folder / "split.json", table.encode())
-        kinds = composition(assets.federation, getattr(recipe.data.partition, "key", None))
+        kinds = composition(assets.federation, recipe.data.partition.field())
         write_atomic(folder / "composition.json", json.dumps(kinds, ensure_ascii=False).encode())
         world, state = _regime(recipe, folder, assets, sinks, None)
         others: dict[str, Mapping[str, Any]] = {}
@@ -257,13 +257,17 @@ def _beside(recipe: Recipe, state: ServerState, **changes: Any) -> Recipe:
     return recipe.model_copy(update={**alone, **changes, "server": server})
 
 
+UNBEGUN = frozenset({"recipe.yaml", "split.json", "composition.json"})
+"""What a run folder holds, beside hidden files, before anything was trained or measured."""
 REGIMES: Mapping[str, Callable[[Recipe, World, ServerState], Recipe]] = {"local": _local, "centralized": _centralized}
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
     """Make room for a new run folder, or refuse."""
-    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return  # at most the lock of a run that was killed before it began
+    if odd := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise RecipeError(f"--out {folder}: {odd} is a file; choose a folder")
+    if not folder.exists() or all(path.name.startswith(".") or path.name in UNBEGUN for path in folder.iterdir()):
+        return  # at most what a run leaves that was refused or killed before it began
     if not overwrite:
         raise RecipeError(
             f"the run folder {folder} exists; go on with --resume {folder}, replace it with --overwrite, "

@@ -27,7 +27,7 @@ from fedloom.evaluate.stats import worst_share
 from fedloom.factors import Scale
 from fedloom.home import BUNDLED
 from fedloom.tracking import RoundReport, keep_lines
-from fedloom.types import Merge, ServerState, Tensors
+from fedloom.types import Merge, RecipeError, ServerState, Tensors
 from fedloom.wire.codec import write_atomic
 
 if TYPE_CHECKING:
@@ -253,6 +253,24 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "machine": machine(str(world.assets.loaded.model.device)),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the content of a run folder's summary.json; {} where there is none yet.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is damaged ({error}); remove it and go on with --resume, or run again") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path} is damaged (no object); remove it and go on with --resume, or run again")
+    return found
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -321,22 +321,42 @@ def _put(node: Any, key: str, value: Any) -> None:
     node[int(key) if isinstance(node, list) else key] = value
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML of plain values and refuses a key that stands twice in one mapping, of which the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping's keys and values."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise RecipeError(f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice; keep one")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read(name: str, kind: str) -> dict[str, Any]:
     known = shipped()
     path = Path(name)
     if name in known:
         text = known[name]
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{kind} {name}: not UTF-8 text ({error}); save it as UTF-8") from error
     elif path.is_dir() and (path / "recipe.yaml").is_file():
         raise RecipeError(
             f"{name} is a run folder; repeat it with {path / 'recipe.yaml'}, or go on with --resume {name}"
         )
     else:
         looked = "no such file" if path.suffix in SUFFIXES or len(path.parts) > 1 else "no such name or file"
-        raise RecipeError(f"{kind} {name!r}: {looked}{suggest(name, known)}; shipped: {', '.join(known)}")
+        raise RecipeError(
+            f"{kind} {name!r}: {looked}{suggest(name, known)}; fedloom list recipes shows the shipped ones"
+        )
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""

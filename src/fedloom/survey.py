@@ -170,11 +170,10 @@ def paper_of(algorithm: type[Algorithm]) -> str:
 
 
 def partners(algorithm: type[Algorithm]) -> list[str]:
-    """Return what an algorithm goes together with."""
+    """Return what an algorithm goes together with; `sums alone`: with a server that sees the sum of updates only."""
     found = [] if algorithm.own_step else ["server optimisers"]
     found += [] if algorithm.own_combine else ["robust rules"]
-    # the server then needs nothing but the sum of the updates
-    found += ["secure aggregation"] if algorithm.combine is Algorithm.combine else []
+    found += ["sums alone"] if algorithm.combine is Algorithm.combine else []
     return [*found, *(["mixed ranks"] if algorithm.mixed_ranks else [])]
 
 

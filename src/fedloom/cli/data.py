@@ -57,6 +57,7 @@ def data(
     from fedloom.client.models import load_tokenizer
     from fedloom.data.federation import build, split_table
     from fedloom.home import home
+    from fedloom.types import RecipeError
 
     loaded = recipes.load(recipe, settings or (), set_file or ())
     with Console(stderr=True).status("reading and encoding the rows"):
@@ -64,7 +65,11 @@ def data(
     chosen = key or _key(loaded.data.partition, federation)
     _tell(Console(), federation, chosen, loaded.data.max_tokens)
     if out is not None:
-        out.write_text(json.dumps(split_table(federation), indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(split_table(federation), indent=1, ensure_ascii=False)
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"--out {out}: {error.strerror}; choose a file in a folder that is there") from error
         typer.echo(f"split {federation.split_hash[:12]} written to {out}")
 
 
@@ -94,8 +99,8 @@ def _tell(console: Console, federation: Federation, key: str | None, longest: in
 
 def _key(partition: Partitioner, federation: Federation) -> str | None:
     """Return the field that the partition splits by, else the category, else none."""
-    if (key := getattr(partition, "key", None)) is not None:
-        return str(key)
+    if (key := partition.field()) is not None:
+        return key
     return "category" if federation.rows and all("category" in row.fields for row in federation.rows) else None
 
 

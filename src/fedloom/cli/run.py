@@ -104,8 +104,9 @@ def _interruptible(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        begun = (folder / "recipe.yaml").is_file()
-        how = f"the state is saved. Go on with: fedloom run --resume {folder}" if begun else "nothing was begun"
+        begun = (folder / "checkpoints" / "latest").exists()
+        go_on = f"the state is saved. Go on with: fedloom run --resume {folder}"
+        how = go_on if begun else "nothing was trained yet; start it again"
         typer.echo(f"\ninterrupted; {how}", err=True)
         raise SystemExit(INTERRUPTED) from None
 

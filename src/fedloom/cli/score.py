@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from fedloom.cli.options import NOT_RUN, Debug, Imports, Run
+from fedloom.cli.options import NOT_RUN, Debug, Imports, Run, UnsafeExecution
 
 
 def score(
     run: Run,
-    unsafe_execution: Annotated[
-        bool,
-        typer.Option(
-            "--unsafe-execution", help="Run model-written programs without a sandbox: they can do whatever you can."
-        ),
-    ] = False,
+    unsafe_execution: UnsafeExecution = False,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:

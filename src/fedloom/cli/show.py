@@ -41,6 +41,7 @@ def show(
     from rich.console import Console
 
     from fedloom import recipe as recipes
+    from fedloom.outcome import read_summary
     from fedloom.results import results
     from fedloom.types import RecipeError
 
@@ -53,8 +54,8 @@ def show(
     is_run = (folder / "recipe.yaml").is_file()
     loaded = recipes.load(folder / "recipe.yaml" if is_run else recipe, settings or (), set_file or ())
     _print_yaml(console, loaded.to_yaml())
-    if is_run and (folder / "summary.json").is_file():
-        console.print(results(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]))
+    if is_run and (summary := read_summary(folder)):
+        console.print(results(summary["metrics"]))
 
 
 def _print_yaml(console: Console, text: str) -> None:
@@ -68,7 +69,8 @@ def _print_yaml(console: Console, text: str) -> None:
 
 def list_parts(
     family: Annotated[
-        str | None, typer.Argument(metavar="[FAMILY]", help="One family, such as aggregator; or algorithms.")
+        str | None,
+        typer.Argument(metavar="[FAMILY]", help="One family, such as aggregator; recipes; or algorithms, as a table."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Tell the bytes of algorithms with this recipe's model.")
@@ -82,7 +84,9 @@ def list_parts(
 
     fedloom list
 
-    fedloom list algorithm
+    fedloom list recipes
+
+    fedloom list aggregator
 
     fedloom list algorithms --recipe demo
     """
@@ -98,12 +102,15 @@ def list_parts(
         return
     if recipe is not None:
         raise RecipeError("--recipe goes with `fedloom list algorithms`, whose bytes it tells")
-    if family is not None and family not in found:
-        raise RecipeError(f"there is no family {family!r}{suggest(family, found)}; families: {', '.join(found)}")
-    if family is None:
+    family = family.removesuffix("s") if family is not None and family not in found else family
+    if family not in (None, "recipe", *found):
+        raise RecipeError(
+            f"there is no family {family!r}{suggest(family, found)}; allowed: recipes, algorithms, {', '.join(found)}"
+        )
+    if family in (None, "recipe"):
         rows = [(name, text.splitlines()[0].lstrip("# "), "") for name, text in recipes.shipped().items()]
         _print(console, "shipped recipes, and keys to lay over them (_tiny)", rows)
-    for name in [family] if family else found:
+    for name in found if family is None else [family] if family in found else []:
         parts = sorted(found[name].known.items())
         rows = [(key, (inspect.getdoc(one) or "").splitlines()[0], ", ".join(one.model_fields)) for key, one in parts]
         _print(console, name, rows)
@@ -123,7 +130,11 @@ def _algorithms(console: Console, recipe: Recipe | None) -> None:
     for i, head in enumerate(heads):
         right = head in algorithms.BYTES
         grid.add_column(
-            head, style="cyan" if i == 0 else "", no_wrap=i < 2 or right, justify="right" if right else "left"
+            head,
+            style="cyan" if i == 0 else "",
+            no_wrap=i < 2 or right,
+            overflow="fold",
+            justify="right" if right else "left",
         )
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))

@@ -37,6 +37,10 @@ class Partitioner(Part, family=True):
         """
         raise NotImplementedError
 
+    def field(self) -> str | None:
+        """Return the field of the rows by which it splits; None: it looks at no field."""
+        return None
+
 
 class Iid(Partitioner, name="iid"):
     """Rows in random order, in equal parts (sizes differ by one at most)."""
@@ -58,6 +62,10 @@ class Dirichlet(Partitioner, name="dirichlet"):
     """Concentration."""
     key: str = "category"
     """Field that holds the category."""
+
+    def field(self) -> str | None:
+        """Return `key`."""
+        return self.key
 
     def split(self, rows: Sequence[Row], clients: int, generator: np.random.Generator) -> dict[str, list[int]]:
         """Draw shares until no client is empty; see `Partitioner.split`."""
@@ -88,6 +96,10 @@ class By(Partitioner, name="by"):
 
     key: str = "category"
     """Field that holds the category."""
+
+    def field(self) -> str | None:
+        """Return `key`."""
+        return self.key
 
     def split(self, rows: Sequence[Row], clients: int, generator: np.random.Generator) -> dict[str, list[int]]:
         """Merge, match or cut the categories; see `Partitioner.split`."""
@@ -121,6 +133,10 @@ class Natural(Partitioner, name="natural"):
 
     key: str = "category"
     """Field that holds the owner, such as an author or a hospital."""
+
+    def field(self) -> str | None:
+        """Return `key`."""
+        return self.key
 
     def split(self, rows: Sequence[Row], clients: int, generator: np.random.Generator) -> dict[str, list[int]]:
         """Group the rows by value; see `Partitioner.split`."""

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from fedloom.evaluate.view import ADAPTED
+from fedloom.outcome import read_summary
 from fedloom.results import REGIMES, Metrics
 from fedloom.types import RecipeError
 
@@ -89,7 +90,7 @@ def read(folder: Path) -> Run:
     if not path.is_file():
         raise RecipeError(f"{folder} holds no recipe.yaml, so it is no run folder; name a folder that fedloom run made")
     run = Run(folder, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    run.summary = _object(folder / "summary.json")
+    run.summary = read_summary(folder)
     found: dict[str, Mapping[str, Mapping[str, Any]]] = _metrics(run, folder / "metrics.jsonl")
     _split(run)
     for place in sorted(folder.glob("regimes/*/recipe.yaml")):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400.0, 52.0, 20.0, 12.0, 36.0
-TONES = 12
 DENSE = 40
 """Points of a curve above which it has no markers."""
 LONGEST = 400
@@ -91,11 +90,6 @@ def _step(rough: float) -> float:
 def plain(value: float) -> str:
     """Return a number in few digits."""
     return f"{value:.4g}"
-
-
-def percent(value: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * value:.3g} %"
 
 
 def clip(text: str, size: int = 16) -> str:

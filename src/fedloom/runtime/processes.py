@@ -11,7 +11,6 @@ They start when the first round is near, stay for all rounds of a regime, and en
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import PositiveInt
 
-from fedloom import baselog, types
+from fedloom import baselog
 from fedloom.client.memory import free_bytes
 from fedloom.client.trainer import step_rows
-from fedloom.parts import Record
+from fedloom.home import cores
 from fedloom.runtime import pipes
 from fedloom.runtime.base import Runtime
 from fedloom.runtime.engine import Crew, Engine, Errands, Reply
@@ -60,7 +59,7 @@ class ProcessesRuntime(Runtime, name="processes"):
             return max(1, torch.cuda.device_count() // self.shard)
         if recipe.model.device != "cpu":
             return 1
-        return max(2, _cores() // (self.threads * self.shard))
+        return max(2, cores() // (self.threads * self.shard))
 
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
         yield from super().conflicts(recipe)
@@ -298,27 +297,3 @@ class ProcessesCrew:
 def _device(device: str, number: int) -> str:
     """Return the device of a worker: every one has a GPU of its own where the recipe names none in particular."""
     return f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _parts(node: object) -> Iterator[Record]:
-    """Yield a record and all records in it."""
-    if isinstance(node, Record):
-        yield node
-        for name in type(node).model_fields:
-            yield from _parts(getattr(node, name))
-    elif isinstance(node, Mapping):
-        for value in node.values():
-            yield from _parts(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _parts(value)
-
-
-def _like(error: Mapping[str, Any], where: str) -> FedloomError:
-    """Return an error of the kind that a worker had."""
-    kind: type[FedloomError] = getattr(types, error["type"], FedloomError)
-    return kind(f"{where}: {error['text']}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from fedloom.evaluate.code.languages import Language
 from fedloom.evaluate.sandbox import Sandbox, verdict_token
+from fedloom.home import cores
 
 _TOLD = 160  # characters of a program's telling line that a verdict keeps
 _TELLING = re.compile(r"error|exception|assert|panic", re.IGNORECASE)
@@ -26,8 +26,7 @@ class Verdict:
 
 def judge(sandbox: Sandbox, programs: Sequence[tuple[Language, str]]) -> list[Verdict]:
     """Run programs in parallel; the verdicts come in their order, and do not depend on how many run at a time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(lambda one: verdict(sandbox, *one), programs))
 
 
