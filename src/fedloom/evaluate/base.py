@@ -22,8 +22,11 @@ class Sample:
     """One generated answer and its score.
 
     Attributes:
-        score: None where it could not be judged; then it is in no metric.
+        score: its contribution to the evaluator's primary metric; None where it could not be judged, and is in no
+            metric. Over one adapter the primary metric is the mean over strata of the mean over items of the mean over
+            an item's samples of it.
         verdict: why it has its score, where there is more to tell.
+        stratum: the category, task or subject whose mean counts once; "" where all items count alike.
     """
 
     id: str
@@ -33,6 +36,7 @@ class Sample:
     reference: str
     score: float | None
     verdict: str = ""
+    stratum: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Bbh(Evaluator, name="bbh"):
                 hits = []
                 for (id_, _, gold), prompt, output in zip(asked, prompts, outputs, strict=True):
                     hits.append(float(output.strip() == gold.strip()))
-                    samples.append(Sample(id_, prompt, output, output.strip(), gold, hits[-1]))
+                    samples.append(Sample(id_, prompt, output, output.strip(), gold, hits[-1], stratum=name))
                 shares[f"exact_match/{name}"] = float(np.mean(hits))
             return {"exact_match": float(np.mean(list(shares.values()))), **shares}, samples
 

@@ -216,6 +216,7 @@ def _samples(attempts: Sequence[Attempt]) -> list[Sample]:
             one.task.problem.tests,
             one.verdict.score,
             one.verdict.text,
+            one.task.language.name,
         )
         for one in attempts
     ]
