@@ -10,7 +10,7 @@ import yaml
 
 from fedloom import __version__, baselog
 from fedloom.home import BUNDLED
-from fedloom.outcome import summed
+from fedloom.outcome import read_summary, summed
 from fedloom.recipe import Recipe
 from fedloom.reopen import reopen
 from fedloom.types import ModelError

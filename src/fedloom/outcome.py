@@ -145,6 +145,7 @@ def write_samples(
                 "extracted": one.extracted,
                 "reference": one.reference,
                 "score": one.score,
+                "stratum": one.stratum,
                 **({"verdict": one.verdict} if one.verdict else {}),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -55,6 +55,9 @@ class Bbh(Evaluator, name="bbh"):
             ]
         return every
 
+    def check(self, seed: int) -> None:
+        self.problems("validation", seed)
+
     def evaluate(self, view: View) -> Evaluation:
         problems = self.problems(view.split, view.seed)
         decoding = Decoding(stop=("\n\n", "\nQ:"))
@@ -67,7 +70,7 @@ class Bbh(Evaluator, name="bbh"):
                 hits = []
                 for (id_, _, gold), prompt, output in zip(asked, prompts, outputs, strict=True):
                     hits.append(float(output.strip() == gold.strip()))
-                    samples.append(Sample(id_, prompt, output, output.strip(), gold, hits[-1]))
+                    samples.append(Sample(id_, prompt, output, output.strip(), gold, hits[-1], stratum=name))
                 shares[f"exact_match/{name}"] = float(np.mean(hits))
             return {"exact_match": float(np.mean(list(shares.values()))), **shares}, samples
 

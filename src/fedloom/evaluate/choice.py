@@ -49,14 +49,21 @@ class Choice(Evaluator):
         """
         raise NotImplementedError
 
+    def check(self, seed: int) -> None:
+        self.questions("validation", seed)
+
     def scores(self, questions: Sequence[Question], likely: Sequence[Sequence[Likelihood]]) -> dict[str, float]:
         """Return the metrics.
 
         Args:
             likely: of each question's choices.
         """
-        hits = [float(np.argmax([one.logprob for one in row]) in q.right) for q, row in pairs(questions, likely)]
+        hits = [self.contribution(question, row) for question, row in pairs(questions, likely)]
         return {"accuracy": float(np.mean(hits)), **by_group("accuracy", questions, hits)}
+
+    def contribution(self, question: Question, likely: Sequence[Likelihood]) -> float:
+        """Return what one question adds to the primary metric, which is the mean of it."""
+        return float(np.argmax([one.logprob for one in likely]) in question.right)
 
     def evaluate(self, view: View) -> Evaluation:
         questions = self.questions(view.split, view.seed)
@@ -70,7 +77,8 @@ class Choice(Evaluator):
                 found = view.likelihoods(adapter, [(contexts[i], choice) for i, choice in places])
                 for (i, _), one in zip(places, found, strict=True):
                     likely[i].append(one)
-            samples = [_sample(q, context, row) for q, context, row in zip(questions, contexts, likely, strict=True)]
+            columns = zip(questions, contexts, likely, strict=True)
+            samples = [_sample(q, context, row, self.contribution(q, row)) for q, context, row in columns]
             return self.scores(questions, likely), samples
 
         return over_adapters(view, score, {"items": len(questions)})
@@ -94,10 +102,9 @@ def by_group(name: str, questions: Sequence[Question], hits: Sequence[float]) ->
     return {f"{name}_macro": float(np.mean(list(means.values()))), **{f"{name}/{g}": m for g, m in means.items()}}
 
 
-def _sample(question: Question, context: str, likely: Sequence[Likelihood]) -> Sample:
+def _sample(question: Question, context: str, likely: Sequence[Likelihood], score: float) -> Sample:
     """The output shows every choice with its log-probability, so that other scores can be made of it."""
     best = int(np.argmax([one.logprob for one in likely]))
     told = "\n".join(f"{one.logprob:.4f}\t{c.strip()}" for c, one in zip(question.choices, likely, strict=True))
     reference = " | ".join(question.choices[i].strip() for i in question.right)
-    hit = float(best in question.right)
-    return Sample(question.id, context, told, question.choices[best].strip(), reference, hit)
+    return Sample(question.id, context, told, question.choices[best].strip(), reference, score)

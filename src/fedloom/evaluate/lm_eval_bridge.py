@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -32,6 +34,7 @@ _OFFLINE = (OSError, ConnectionError, ValueError, KeyError)
 class LmEval(Evaluator, name="lm_eval"):
     """Metrics `<task>/<metric>` (`<task>/<metric>,<filter>` if it has filters), and `mean` of each task's first.
 
+    A group that has no metric of its own, and a tag, count as their tasks.
     Tasks that load data from the hub need it in its cache where there is no network; a folder of task files whose
     `dataset_path` is `json` works everywhere.
     """
@@ -67,7 +70,7 @@ class LmEval(Evaluator, name="lm_eval"):
         def score(adapter: Using) -> Scored:
             metrics: dict[str, float] = {}
             samples: list[Sample] = []
-            first = []
+            first: dict[str, float] = {}
             for task in self.tasks:
                 with view.model(adapter) as (model, tokenizer):
                     try:
@@ -76,9 +79,11 @@ class LmEval(Evaluator, name="lm_eval"):
                         missing[task] = f"{task}: its data cannot be had here ({type(error).__name__}: {error})"
                         continue
                 metrics |= _metrics(result["results"])
-                samples += _samples(result["samples"])
-                first.append(_first(result["results"].get(task, {}), metrics))
-            return ({"mean": float(np.mean(first)), **metrics} if first else {}), samples
+                for leaf, members in leaves(task, result).items():
+                    metric, rule, first[leaf] = main(leaf, result["results"][leaf])
+                    rows = {name: [r for r in result["samples"][name] if r["filter"] == rule] for name in members}
+                    samples += _samples(leaf, metric, rows)
+            return ({"mean": float(np.mean(list(first.values()))), **metrics} if first else {}), settled(samples, first)
 
         whole = over_adapters(view, score, {"engine": "lm-eval", "lm_eval": version("lm-eval")})
         return Evaluation(
@@ -160,35 +165,71 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return `<task>/<metric>` -> value of a result, without standard errors and names."""
-    metrics = {}
-    for task, values in results.items():
-        for key, value in values.items():
-            metric, _, rule = key.partition(",")
-            if isinstance(value, int | float) and rule and not metric.endswith("_stderr"):
-                metrics[f"{task}/{metric}" if rule == "none" else f"{task}/{key}"] = float(value)
-    return metrics
+    return {
+        f"{task}/{key.removesuffix(',none')}": value
+        for task, values in results.items()
+        for key, value in _numbers(values).items()
+    }
 
 
-def _first(values: Mapping[str, Any], metrics: Mapping[str, float]) -> float:
-    own = [float(v) for k, v in values.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)]
-    return own[0] if own else next(iter(metrics.values()))
+def leaves(task: str, result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what a task asked for counts as -> the tasks whose items it holds."""
+    if _numbers(result["results"].get(task, {})):
+        return {task: list(result["samples"])}
+    return {name: [name] for name in result["samples"]}
 
 
-def _samples(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample]:
-    """Return a sample an item; the harness has one an item and filter, of which the first is kept."""
+def main(task: str, values: Mapping[str, Any]) -> tuple[str, str, float]:
+    """Return a task's first metric, its filter, and its value.
+
+    Raises:
+        DataError: it has none.
+    """
+    for key, value in _numbers(values).items():
+        metric, _, rule = key.partition(",")
+        return metric, rule, value
+    raise DataError(f"lm-evaluation-harness reports no figure for task {task!r} (there: {', '.join(values)})")
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return `<metric>,<filter>` -> value of one task."""
+    return {
+        key: float(value)
+        for key, value in values.items()
+        if "," in key and not key.partition(",")[0].endswith("_stderr") and isinstance(value, int | float)
+    }
+
+
+def _samples(leaf: str, metric: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample]:
+    """Return a sample an item, scored by one metric."""
     samples = []
     for task, every in rows.items():
-        seen = set()
         for row in every:
-            if row["doc_id"] in seen:
-                continue
-            seen.add(row["doc_id"])
-            score = next((float(row[m]) for m in row.get("metrics", ()) if isinstance(row.get(m), int | float)), 0.0)
-            prompt = (
-                row["arguments"]["gen_args_0"]["arg_0"]
-                if isinstance(row["arguments"], dict)
-                else row["arguments"][0][0]
-            )
+            value = row.get(metric)
+            score = float(value) if isinstance(value, int | float) else None
+            arguments = row["arguments"]
+            prompt = arguments["gen_args_0"]["arg_0"] if isinstance(arguments, dict) else arguments[0][0]
             outputs, kept = "\n".join(map(str, row["resps"])), "\n".join(map(str, row["filtered_resps"]))
-            samples.append(Sample(f"{task}-{row['doc_id']}", str(prompt), outputs, kept, str(row["target"]), score))
+            id_, reference = f"{task}-{row['doc_id']}", str(row["target"])
+            samples.append(Sample(id_, str(prompt), outputs, kept, reference, score, stratum=leaf))
     return samples
+
+
+def settled(samples: list[Sample], first: Mapping[str, float]) -> list[Sample]:
+    """Return the samples, without scores where these do not add up to the `mean`.
+
+    Corpus metrics, such as BLEU or perplexity, are no means over items, and a score must not pass for them.
+
+    Args:
+        samples: with the stratum of each.  first: stratum -> the harness's own figure.
+    """
+    odd = []
+    for stratum, value in first.items():
+        scores = [one.score for one in samples if one.stratum == stratum]
+        known = [score for score in scores if score is not None]
+        if len(known) < len(scores) or not known or not math.isclose(float(np.mean(known)), value, abs_tol=1e-9):
+            odd.append(stratum)
+    if not odd:
+        return samples
+    why = f"the figure of {', '.join(odd)} is no mean over items"
+    return [replace(one, score=None, verdict=why) for one in samples]

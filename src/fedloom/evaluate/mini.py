@@ -7,6 +7,8 @@ of each task at hand), gsm8k (zero-shot, 50). With these numbers it finds what b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from fedloom.evaluate.bbh import Bbh
 from fedloom.evaluate.gsm8k import Gsm8kAccuracy
 from fedloom.evaluate.mmlu import Mmlu
 from fedloom.evaluate.pubmedqa import PubMedQa
+from fedloom.evaluate.scored import answered, items, primary
 from fedloom.evaluate.truthfulqa import TruthfulQa
 
 MEMBERS: tuple[Evaluator, ...] = (
@@ -28,23 +31,34 @@ MEMBERS: tuple[Evaluator, ...] = (
 
 
 class Mini(Evaluator, name="mini"):
-    """The main metric of each member under the member's name, and their `mean`."""
+    """The mean over the items of each member, scored by its main metric, under its name, and their `mean`."""
 
     primary: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
 
+    def check(self, seed: int) -> None:
+        for one in MEMBERS:
+            one.check(seed)
+
     def evaluate(self, view: View) -> Evaluation:
         parts = {one.part_name: (one, one.evaluate(view)) for one in MEMBERS}
-        samples: list[tuple[str | None, Sample]] = [one for _, found in parts.values() for one in found.samples]
-        clients = next(iter(parts.values()))[1].clients
-        settings = {name: {**one.dump(), **found.settings} for name, (one, found) in parts.items()}
+        # a member counts once, whatever its own strata
+        samples = [(c, replace(s, stratum=name)) for name, (_, found) in parts.items() for c, s in found.samples]
+        clients = {
+            client: _means(s for c, s in samples if c == client) for client in dict.fromkeys(c for c, _ in samples)
+        }
+        names = next(iter(clients.values())).keys()
         return Evaluation(
-            _main({name: found.metrics[one.primary] for name, (one, found) in parts.items()}),
-            {c: _main({name: found.clients[c][one.primary] for name, (one, found) in parts.items()}) for c in clients},
+            {name: float(np.mean([one[name] for one in clients.values()])) for name in names},
+            {client: metrics for client, metrics in clients.items() if client is not None},
             samples,
-            settings=settings,
+            settings={name: {**one.dump(), **found.settings} for name, (one, found) in parts.items()},
         )
 
 
-def _main(values: dict[str, float]) -> dict[str, float]:
-    return {"mean": float(np.mean(list(values.values()))), **values}
+def _means(samples: Iterable[Sample]) -> dict[str, float]:
+    """Return the mean over strata, and each one's."""
+    every = items(answered(samples))
+    strata = dict.fromkeys(one.stratum for one in every.values())
+    by_name = {name: primary({i: one for i, one in every.items() if one.stratum == name}) for name in strata}
+    return {"mean": primary(every), **by_name}

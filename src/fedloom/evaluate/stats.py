@@ -87,18 +87,89 @@ def paired_bootstrap(
         ValueError: lengths differ, there is no item, or a score is not finite.
     """
     differences = _finite("paired_bootstrap: a", a) - _finite("paired_bootstrap: b", b, like=a)
-    if len(strata) != len(differences):
-        raise ValueError(f"paired_bootstrap: {len(strata)} strata for {len(differences)} items; needed: one an item")
+    return bootstrap(differences, strata, draws, seed, level)
+
+
+def bootstrap(
+    values: ArrayLike, strata: Sequence[object], draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return the macro average of values with its percentile bootstrap interval, as `paired_bootstrap` has it.
+
+    Args:
+        values: one of each item [n].
+        strata: the stratum of each item [n]; one value for all gives the plain mean.
+        draws: bootstrap draws.
+        seed: equal seeds give equal intervals.
+        level: confidence, between 0 and 1.
+
+    Raises:
+        ValueError: lengths differ, there is no item, or a value is not finite.
+    """
+    groups = _groups("bootstrap", values, strata)
     rng = seeds.numpy_generator(seed, None, None, "bootstrap")
-    groups: dict[object, list[float]] = {}
-    for stratum, difference in zip(strata, differences.tolist(), strict=True):
-        groups.setdefault(stratum, []).append(difference)
     total = np.zeros(draws)
-    for group in groups.values():
-        total += _resampled_means(np.array(group), draws, rng)
+    for group in groups:
+        total += _resampled_means(group, draws, rng)
     tail = (1 - _level(level)) / 2
     low, high = np.quantile(total / len(groups), [tail, 1 - tail])
-    return Interval(float(np.mean([np.mean(group) for group in groups.values()])), float(low), float(high))
+    return Interval(float(np.mean([np.mean(group) for group in groups])), float(low), float(high))
+
+
+def macro_mean(values: ArrayLike, strata: Sequence[object]) -> float:
+    """Return the mean over strata of the strata's means: (1 / S) sum_s mean(x_i : i in stratum s).
+
+    Args:
+        values: one of each item [n].
+        strata: the stratum of each item [n]; one value for all gives the plain mean.
+
+    Raises:
+        ValueError: lengths differ, there is no item, or a value is not finite.
+    """
+    return float(np.mean([np.mean(group) for group in _groups("macro_mean", values, strata)]))
+
+
+def client_bootstrap(
+    values: ArrayLike, weights: ArrayLike, draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return the weighted mean over clients with its percentile bootstrap interval.
+
+        M = sum_c w_c x_c / sum_c w_c
+
+    Each draw resamples clients with replacement, their weights with them, so the interval tells of other clients of
+    the same kind, not of other items.
+
+    Args:
+        values: one metric of every client [n].
+        weights: above 0 [n], such as the tokens that a client's loss is a mean over.
+        draws: bootstrap draws.
+        seed: equal seeds give equal intervals.
+        level: confidence, between 0 and 1.
+
+    Raises:
+        ValueError: lengths differ, there is no client, a value is not finite, or a weight is not above 0.
+    """
+    x, w = _finite("client_bootstrap: values", values), _finite("client_bootstrap: weights", weights, like=values)
+    if (w <= 0).any():
+        raise ValueError(f"client_bootstrap: a weight is {w.min():g}; needed: above 0")
+    rng, size = seeds.numpy_generator(seed, None, None, "bootstrap of clients"), len(x)
+    chunk, means = max(1, _CHUNK // size), []
+    for start in range(0, draws, chunk):
+        drawn = rng.integers(size, size=(min(chunk, draws - start), size))
+        means.append((x * w)[drawn].sum(1) / w[drawn].sum(1))
+    tail = (1 - _level(level)) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return Interval(float((x * w).sum() / w.sum()), float(low), float(high))
+
+
+def _groups(what: str, values: ArrayLike, strata: Sequence[object]) -> list[NDArray[np.float64]]:
+    """Return the values of each stratum."""
+    numbers = _finite(f"{what}: values", values)
+    if len(strata) != len(numbers):
+        raise ValueError(f"{what}: {len(strata)} strata for {len(numbers)} items; needed: one an item")
+    groups: dict[object, list[float]] = {}
+    for stratum, value in zip(strata, numbers.tolist(), strict=True):
+        groups.setdefault(stratum, []).append(value)
+    return [np.array(group) for group in groups.values()]
 
 
 def _resampled_means(values: NDArray[np.float64], draws: int, rng: np.random.Generator) -> NDArray[np.float64]:

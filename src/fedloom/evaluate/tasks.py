@@ -45,7 +45,8 @@ class TaskSuite(Evaluator, name="tasks"):
             clients[client] = self._score(items, outputs)
             for item, prompt, output in zip(items, prompts, outputs, strict=True):
                 exact = float(tasks.exact_match(output, item.answer))
-                samples.append((client, Sample(item.id, prompt, output, output.strip(), item.answer, exact)))
+                one = Sample(item.id, prompt, output, output.strip(), item.answer, exact, stratum=item.category)
+                samples.append((client, one))
         names = next(iter(clients.values())).keys()
         mean = {name: float(np.mean([one[name] for one in clients.values()])) for name in names}
         return Evaluation(mean, {c: m for c, m in clients.items() if c is not None}, samples)

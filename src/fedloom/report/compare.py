@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.evaluate import scored
+from fedloom.evaluate.scored import Answered, Item
 from fedloom.evaluate.stats import Interval, mcnemar, paired_bootstrap
 from fedloom.report.read import Run
 
@@ -20,8 +22,9 @@ class Paired:
     """What a comparison on the same items found.
 
     Attributes:
-        difference: mean of (second - first), with its 95 % interval.
-        p: of McNemar's test; None: scores are graded.
+        first, second: the evaluator's primary metric: the mean over strata of the mean over items.
+        difference: second - first, with its 95 % interval (bootstrap over items within strata).
+        p: of McNemar's test of right and wrong answers; None: scores are graded, or means over several answers.
         better, worse: items on which the second scores higher, and lower.
     """
 
@@ -69,37 +72,39 @@ def unlike(a: Run, b: Run, evaluator: str) -> list[str]:
     return [f"{name} is {_told(first, name)} in {a.name} and {_told(second, name)} in {b.name}" for name in names]
 
 
-def items(run: Run, evaluator: str, regime: str) -> dict[str, tuple[str, float]]:
-    """Return item -> (hash of its prompt, score); of personal adapters, the mean score over clients."""
-    hashes: dict[str, str] = {}
-    scores: dict[str, list[float]] = {}
-    for line in run.samples.get(evaluator, ()):
-        if line.get("regime") == regime and line.get("score") is not None:
-            hashes[line["id"]] = str(line.get("prompt_sha256", ""))
-            scores.setdefault(line["id"], []).append(float(line["score"]))
-    return {name: (hashes[name], float(np.mean(found))) for name, found in scores.items()}
+def items(run: Run, evaluator: str, regime: str) -> dict[str, Item]:
+    """Return item -> its prompt's hash, score, stratum, and whether it is right; of personal adapters, over clients."""
+    return scored.items(
+        Answered(line["id"], float(line["score"]), line.get("stratum", ""), str(line.get("prompt_sha256", "")))
+        for line in run.samples.get(evaluator, ())
+        if line.get("regime") == regime and line.get("score") is not None
+    )
 
 
-def apart(a: Mapping[str, tuple[str, float]], b: Mapping[str, tuple[str, float]]) -> str:
+def apart(a: Mapping[str, Item], b: Mapping[str, Item]) -> str:
     """Return why two sets of items cannot be paired, or ""."""
     if not a or not b:
         return "there are no samples of one of them"
     if a.keys() != b.keys():
         return f"they answered other items ({len(a)} and {len(b)}, {len(a.keys() & b.keys())} in common)"
-    other = [name for name in a if a[name][0] != b[name][0]]
-    return f"the prompts of {len(other)} items differ, {other[0]} among them" if other else ""
+    if other := [name for name in a if a[name].prompt != b[name].prompt]:
+        return f"the prompts of {len(other)} items differ, {other[0]} among them"
+    if other := [name for name in a if a[name].stratum != b[name].stratum]:
+        where = f"{a[other[0]].stratum!r} and {b[other[0]].stratum!r}"
+        return f"{len(other)} items count in other strata, {other[0]} among them (in {where})"
+    return ""
 
 
-def pair(a: Mapping[str, tuple[str, float]], b: Mapping[str, tuple[str, float]]) -> Paired:
+def pair(a: Mapping[str, Item], b: Mapping[str, Item]) -> Paired:
     """Compare two sets of scores on the same items (`apart` has found nothing)."""
-    first, second = (np.array([one[name][1] for name in a]) for one in (a, b))
-    graded = not np.isin([first, second], (0, 1)).all()
+    first, second = (np.array([one[name].score for name in a]) for one in (a, b))
+    known = all(one.right is not None for found in (a, b) for one in found.values())
     return Paired(
         items=len(first),
-        first=float(first.mean()),
-        second=float(second.mean()),
-        difference=paired_bootstrap(second, first, [0] * len(first)),
-        p=None if graded else mcnemar(second, first),
+        first=scored.primary(a),
+        second=scored.primary(b),
+        difference=paired_bootstrap(second, first, [one.stratum for one in a.values()]),
+        p=mcnemar(second, first) if known else None,
         better=int((second > first).sum()),
         worse=int((second < first).sum()),
     )

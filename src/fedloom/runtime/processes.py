@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import PositiveInt
 
-from fedloom import baselog
+from fedloom import baselog, types
 from fedloom.client.memory import free_bytes
 from fedloom.client.trainer import step_rows
 from fedloom.home import cores
+from fedloom.parts import Record
 from fedloom.runtime import pipes
 from fedloom.runtime.base import Runtime
 from fedloom.runtime.engine import Crew, Engine, Errands, Reply
@@ -297,3 +298,23 @@ class ProcessesCrew:
 def _device(device: str, number: int) -> str:
     """Return the device of a worker: every one has a GPU of its own where the recipe names none in particular."""
     return f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+def _parts(node: object) -> Iterator[Record]:
+    """Yield a record and all records in it."""
+    if isinstance(node, Record):
+        yield node
+        for name in type(node).model_fields:
+            yield from _parts(getattr(node, name))
+    elif isinstance(node, Mapping):
+        for value in node.values():
+            yield from _parts(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _parts(value)
+
+
+def _like(error: Mapping[str, Any], where: str) -> FedloomError:
+    """Return an error of the kind that a worker had."""
+    kind: type[FedloomError] = getattr(types, error["type"], FedloomError)
+    return kind(f"{where}: {error['text']}")
