@@ -99,6 +99,7 @@ def test_a_model_without_a_chat_template(bare: Path, strange: Path, tmp_path: Pa
     assert "Be brief.\n\n### Instruction:" in prompt
     words = (UNITS, "data.template=plain", "model.dtype=bf16", "model.quantize=int8", "model.device=cpu")
     assert call("eval", bare, *words, "model.attention=eager", "runtime.threads=1").exit_code == 0
+    assert "data.template=alpaca" in refused("eval", bare, UNITS)  # nothing is left of what was set before
 
 
 @pytest.mark.data

@@ -121,7 +121,7 @@ def test_the_base_of_another_tool_is_looked_at_where_it_is_a_folder(
 
 def test_what_cannot_be_read_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     mine = identify(str(tiny_folder), tiny_folder)
-    for text in ("{", "{}", json.dumps({"name": "x"})):
+    for text in ("{", "{}", "[]", json.dumps({"name": "x"})):
         (tmp_path / FILE).write_text(text)
         with pytest.raises(ModelError, match="its base model cannot be read"):
             check_base(tmp_path, mine)

@@ -134,7 +134,7 @@ def _told(folder: Path) -> Base | None:
             name = str(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
             local = bool(name) and Path(name).expanduser().is_dir()
             return Base(name, *(_sampled(Path(name).expanduser()) if local else ("", {})))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: its base model cannot be read: {type(error).__name__}: {error}") from error
     return None
 
