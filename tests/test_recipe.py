@@ -27,6 +27,12 @@ def test_overrides_reach_everywhere() -> None:
     assert tree["algorithm"] == "fedprox"
 
 
+def test_overrides_leave_the_mapping_as_it_is() -> None:
+    tree = {**MODEL, "data": {"clients": 2}, "evaluate": [{"name": "loss", "every": 1}]}
+    assert recipes.load(tree, ["data.clients=3", "evaluate.0.every=2"]).data.clients == 3
+    assert tree == {**MODEL, "data": {"clients": 2}, "evaluate": [{"name": "loss", "every": 1}]}
+
+
 def test_round_trip_through_yaml() -> None:
     recipe = recipes.load({**MODEL, "transforms": [{"name": "clip", "norm": 2.0}], "compare": ["local"]})
     again = recipes.validate(yaml.safe_load(recipe.to_yaml()), "again")

@@ -9,24 +9,25 @@ from typing import Any
 import yaml
 
 from fedloom import __version__, baselog
-from fedloom.home import BUNDLED
+from fedloom.client.bundled import Notify, ignore
+from fedloom.client.identity import stamp
 from fedloom.outcome import read_summary, summed
-from fedloom.recipe import Recipe
-from fedloom.reopen import reopen
+from fedloom.reopen import Reopened, reopen
 from fedloom.types import ModelError
 
 
-def adapter(run: Path, out: Path, checkpoint: str | None, client: str | None) -> None:
+def adapter(run: Path, out: Path, checkpoint: str | None, client: str | None, notify: Notify = ignore) -> None:
     """Write the adapter as a PEFT folder with a model card.
 
     Args:
         run: the run folder.  out: the folder to write.
         checkpoint, client: which adapter, as `reopen.read_adapter` says.
+        notify: is told of what takes long, and of what could not be checked.
 
     Raises:
-        ModelError: there is no such adapter.
+        ModelError: there is no such adapter, or the model is not the one that the run trained it on.
     """
-    opened = reopen(run, checkpoint, client)
+    opened = reopen(run, checkpoint, client, notify)
     params = opened.params
     if baselog.is_dense(opened.base):
         raise ModelError(
@@ -35,19 +36,20 @@ def adapter(run: Path, out: Path, checkpoint: str | None, client: str | None) ->
         )
     if opened.base:
         params = summed(opened.base, params, opened.recipe.adapter.scale)
-    opened.attached.save(out, params, base_name(opened.recipe))
-    (out / "README.md").write_text(card(run, opened.recipe, opened.label, "peft"), encoding="utf-8")
+    opened.attached.save(out, params, opened.loaded.base.name)
+    stamp(out, opened.loaded.base)
+    (out / "README.md").write_text(card(run, opened, "peft"), encoding="utf-8")
 
 
-def merged(run: Path, out: Path, checkpoint: str | None, client: str | None) -> None:
+def merged(run: Path, out: Path, checkpoint: str | None, client: str | None, notify: Notify = ignore) -> None:
     """Write the base with the adapter added to its weights as a plain model folder; arguments as for `adapter`."""
-    opened = reopen(run, checkpoint, client)
+    opened = reopen(run, checkpoint, client, notify)
     state = opened.attached.merged(opened.loaded.model, opened.params)
     model = type(opened.loaded.model)(opened.loaded.model.config).to(opened.loaded.model.dtype)
     model.load_state_dict(state)
     model.save_pretrained(out)
     opened.loaded.tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card(run, opened.recipe, opened.label, "transformers"), encoding="utf-8")
+    (out / "README.md").write_text(card(run, opened, "transformers"), encoding="utf-8")
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
@@ -71,11 +73,6 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         ) from error
 
 
-def base_name(recipe: Recipe) -> str:
-    """Return the name under which others find the base model."""
-    return BUNDLED[recipe.model.name].hub_id if recipe.model.name in BUNDLED else recipe.model.name
-
-
 def _portable(value: Any) -> Any:
     """Return a recipe's values with absolute paths cut to their last part: a card is read on other machines."""
     if isinstance(value, Mapping):
@@ -85,9 +82,9 @@ def _portable(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
+def card(run: Path, opened: Reopened, library: str) -> str:
     """Return a model card: base, method, data and measured results."""
-    summary = read_summary(run) or {"metrics": {}}
+    recipe, summary = opened.recipe, read_summary(run) or {"metrics": {}}
     rows = [
         f"| {regime} | {evaluator} | {metric} | {value:.4g} |"
         for regime, found in summary["metrics"].items()
@@ -95,10 +92,10 @@ def card(run: Path, recipe: Recipe, label: str, library: str) -> str:
         for metric, value in metrics.items()
         if value is not None and not metric.endswith(("_worst10", "_variance"))
     ]
-    what = f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {recipe.adapter.part_name} ({label})"
+    what = f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {recipe.adapter.part_name} ({opened.label})"
     lines = [
         "---",
-        f"base_model: {_portable(base_name(recipe))}",
+        f"base_model: {_portable(opened.loaded.base.name)}",
         f"library_name: {library}",
         f"tags: [federated-learning, {recipe.adapter.part_name}, fedloom]",
         "---",

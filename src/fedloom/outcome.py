@@ -22,10 +22,10 @@ import torch
 
 from fedloom import baselog, factors
 from fedloom.checkpoint import MemoryStore
+from fedloom.client.identity import stamp
 from fedloom.evaluate.base import Sample
 from fedloom.evaluate.stats import worst_share
 from fedloom.factors import Scale
-from fedloom.home import BUNDLED
 from fedloom.tracking import RoundReport, keep_lines
 from fedloom.types import Merge, RecipeError, ServerState, Tensors
 from fedloom.wire.codec import write_atomic
@@ -162,8 +162,7 @@ def export(
     hash is the SHA-256 of the global adapter's tensors file, or of all personal ones in client order, or of the merged
     weights.
     """
-    name = assets.loaded.spec.name
-    base = BUNDLED[name].hub_id if name in BUNDLED else name
+    base = assets.loaded.base
     digest = hashlib.sha256()
     for old in ("adapter", "adapters", "merged"):
         shutil.rmtree(folder / old, ignore_errors=True)
@@ -182,7 +181,8 @@ def export(
         if assets.attached.whole:
             digest.update(_write_merged(place, assets, state, params).encode())
             continue
-        assets.attached.save(place, params, base)
+        assets.attached.save(place, params, base.name)
+        stamp(place, base)
         for path in sorted(place.rglob("*.safetensors")):  # several where a router weighs them
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -215,7 +215,8 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         others: regime -> summary of the compared regimes.
     """
     totals = world.totals
-    metrics, not_run = {**totals.results}, {**totals.not_run}
+    metrics: dict[str, Mapping[str, Mapping[str, float]]] = {**totals.results}
+    not_run = {**totals.not_run}
     for name, summary in others.items():
         metrics[name] = summary["metrics"][name]
         not_run[name] = summary["not_run"].get(name, {})
@@ -226,9 +227,7 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "rejected": totals.rejected,
         "train_loss_first": _finite(totals.loss_first),
         "train_loss_last": _finite(totals.loss_last),
-        "metrics": {
-            r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()
-        },
+        "metrics": finite(metrics),
         "not_run": {regime: why for regime, why in not_run.items() if why},
         "evaluation": totals.evaluation,
         "best_round": totals.best_round or None,
@@ -302,6 +301,12 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def finite(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return regime -> evaluator -> metrics as JSON values: it has no NaN, so a metric that does not exist is null."""
+    return {r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()}
+
+
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: a metric that does not exist is null."""
     return value if math.isfinite(value) else None

@@ -282,7 +282,7 @@ def overlay(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], text: str) -> None:
-    """Set one `dotted.path=value` in a tree of plain values, in place.
+    """Set one `dotted.path=value` in a tree of plain values, in place; branches on the way are replaced by copies.
 
     A bare part name on the way becomes `{name: ...}`; a number is an index into a list.
 
@@ -303,6 +303,7 @@ def override(tree: dict[str, Any], text: str) -> None:
         child = {} if child is None else {"name": child} if isinstance(child, str) else child
         if not isinstance(child, dict | list):
             raise RecipeError(f"{text!r}: {'.'.join(parents[: depth + 1])} is {child!r} and has no keys of its own")
+        child = child.copy()  # the tree may share it with the mapping that a caller keeps
         _put(node, key, child)
         node = child
     _child(node, last, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,32 @@ from typing import Any
 from fedloom import recipe as recipes
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.checkpoint import FINISHED
+from fedloom.client.identity import check_base
+from fedloom.client.peft_files import saved_config
+from fedloom.data.templates import Plain
 from fedloom.home import BUNDLED
-from fedloom.outcome import write_summary
+from fedloom.outcome import finite, write_summary
 from fedloom.recipe import Recipe
 from fedloom.reopen import adapter_of, find_round, read_recipe
 from fedloom.results import intervals
-from fedloom.tracking import Sink
+from fedloom.tracking import Sink, Warned
 from fedloom.types import ModelError, RecipeError
 from fedloom.wire.codec import write_atomic
 from fedloom.world import World, prepare
 
 CONFIG = "adapter_config.json"
+ALLOWED = (
+    "data.template",
+    "data.system",
+    "model.dtype",
+    "model.quantize",
+    "model.attention",
+    "model.device",
+    "model.revision",
+    "model.trust_remote_code",
+    "runtime.threads",
+)
+"""What may be said beside `evaluate` of what has no recipe that says it."""
 NO_ROWS = {"source": {"name": "tasks", "rows_per_category": 3, "categories": ["units"]}, "clients": 1}
 """The smallest federation, for what is measured without one."""
 
@@ -62,7 +76,7 @@ def target(what: str, settings: Sequence[str], checkpoint: str | None, adapter: 
 
     Args:
         what: a run folder, a PEFT folder, or the name of a model.
-        settings: `evaluate=...` texts; other keys are refused, since they would measure something else.
+        settings: `evaluate=...` texts; without a run also those of `ALLOWED`. Others would measure something else.
         checkpoint: `latest`, `best` or a kept round of a run; None: the finished adapter.
         adapter: a PEFT folder to measure in place of the run's own, or on the model; None: there is none.
 
@@ -70,11 +84,13 @@ def target(what: str, settings: Sequence[str], checkpoint: str | None, adapter: 
         ModelError: there is no such adapter or checkpoint.
         RecipeError: another key is set, or evaluators are needed and missing, or have no rows to measure.
     """
-    if odd := [text for text in settings if text.partition("=")[0].partition(".")[0] != "evaluate"]:
-        raise RecipeError(f"fedloom eval sets evaluate=... only; got {odd[0]!r}")
     run = Path(what)
     if not (run / "recipe.yaml").is_file():
         return _bare(what, settings, checkpoint, adapter)
+    if odd := [text for text in settings if not _of_evaluators(text)]:
+        raise RecipeError(
+            f"fedloom eval sets evaluate=... only, since {run / 'recipe.yaml'} says the rest; got {odd[0]!r}"
+        )
     recipe = recipes.load(read_recipe(run).dump(), settings)
     regime = recipe.algorithm.regime if adapter is None else "adapter"
     stateful = (run / "adapters").is_dir() or (run / "merged").is_dir() or recipe.algorithm.changes_base
@@ -98,7 +114,11 @@ def _bare(what: str, settings: Sequence[str], checkpoint: str | None, adapter: P
         if adapter is not None:
             raise RecipeError(f"{what} is an adapter already; leave out --adapter, or name the model in its place")
         adapter, model = folder, base_of(folder)
-    if not settings:
+    if odd := [text for text in settings if not _of_evaluators(text) and text.partition("=")[0] not in ALLOWED]:
+        raise RecipeError(
+            f"fedloom eval of an adapter or a model sets evaluate=... and {', '.join(ALLOWED)}; got {odd[0]!r}"
+        )
+    if not any(map(_of_evaluators, settings)):
         raise RecipeError(
             f"{what} is no run folder, so nothing says what to measure; name evaluators, such as 'evaluate=[mmlu]' or "
             "'evaluate=[{name: gsm8k, limit: 50}]' (all of them: fedloom list evaluators)"
@@ -137,9 +157,11 @@ def reevaluate(target: Target, sink: Sink, out: Path | None = None) -> Measured:
         for link in links:
             link.symlink_to((run / link.name).resolve())  # type: ignore[operator]
         try:
-            world = World(recipe, place, prepare(recipe, sink), sink)
+            world = World(recipe, place, prepare(recipe if run is not None else _encodable(recipe), sink), sink)
             state = recipe.algorithm.init(world.assets.initial)
             if target.checkpoint is not None and run is not None:
+                if note := check_base(run, world.assets.loaded.base):
+                    sink.on(Warned(note))
                 state, _ = world.checkpoints.load(find_round(run, world.checkpoints, target.checkpoint))
                 world.memories.look_at(state.round + FINISHED)
             names = ["base"]
@@ -153,15 +175,23 @@ def reevaluate(target: Target, sink: Sink, out: Path | None = None) -> Measured:
                 link.unlink()
         if out is not None:
             write_atomic(out / "recipe.yaml", recipe.model_copy(update={"compare": ()}).to_yaml().encode())
-            books = {"metrics": metrics, "not_run": missed, "evaluation": world.totals.evaluation}
+            books = {"metrics": finite(metrics), "not_run": missed, "evaluation": world.totals.evaluation}
             write_summary(out, books)
         return found
 
 
+def _of_evaluators(text: str) -> bool:
+    return text.partition("=")[0].partition(".")[0] == "evaluate"
+
+
+def _encodable(recipe: Recipe) -> Recipe:
+    """Return the recipe with `NO_ROWS` as text that any tokenizer can express: nobody looks at them."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": Plain(), "system": None})})
+
+
 def base_of(folder: Path) -> str:
     """Return the model that a PEFT folder's adapter belongs on: the bundled name where it is one."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    told = str(config.get("base_model_name_or_path") or "")
+    told = str(saved_config(folder).base_model_name_or_path or "")
     if not told:
         raise ModelError(f"{folder}/{CONFIG} names no base model; name it: fedloom eval MODEL --adapter {folder}")
     return next((name for name, one in BUNDLED.items() if one.hub_id == told), told)

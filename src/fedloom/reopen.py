@@ -9,6 +9,8 @@ from fedloom import recipe as recipes
 from fedloom.checkpoint import FINISHED, Checkpoints, MemoryStore
 from fedloom.client.adapters import Adapter
 from fedloom.client.attached import Attached
+from fedloom.client.bundled import Notify, ignore
+from fedloom.client.identity import check_base
 from fedloom.client.models import Loaded, Model, load_model
 from fedloom.client.peft_files import load_peft, saved_config
 from fedloom.recipe import Recipe
@@ -108,27 +110,42 @@ def _from_checkpoint(
     return next(iter(slots.values())), state.base
 
 
-def reopen(run: Path, checkpoint: str | None = None, client: str | None = None) -> Reopened:
-    """Load a run's model with one of its adapters; arguments and errors are those of `read_adapter`."""
+def reopen(run: Path, checkpoint: str | None = None, client: str | None = None, notify: Notify = ignore) -> Reopened:
+    """Load a run's model with one of its adapters.
+
+    Args:
+        run, checkpoint, client: as for `read_adapter`.
+        notify: is told of what takes long, and of what could not be checked.
+
+    Raises:
+        ModelError: there is no such adapter, or the model is not the one that the run trained it on.
+    """
     recipe = read_recipe(run)
     params, label, base = read_adapter(run, recipe, checkpoint, client)
-    loaded = load_model(recipe.model)
+    loaded = load_model(recipe.model, notify)
+    if note := check_base(run, loaded.base):
+        notify(note)
     attached = recipe.adapter.attach(loaded.model)
     attached.rebase(base)
     attached.load([params])
     return Reopened(recipe, loaded, attached, params, label, base)
 
 
-def load(model: Model, adapter: Path | None) -> Loaded:
+def load(model: Model, adapter: Path | None, notify: Notify = ignore) -> Loaded:
     """Load a model, without adapter or with that of a PEFT folder in its layers.
 
+    Args:
+        notify: is told of what takes long, and of what could not be checked.
+
     Raises:
-        ModelError: a folder cannot be read, or the adapter does not fit the model.
+        ModelError: a folder cannot be read, or the adapter does not fit the model or was trained on another one.
     """
     if adapter is None:
-        return load_model(model)
+        return load_model(model, notify)
     part = adapter_of(adapter)
-    params, loaded = part.read(adapter), load_model(model)
+    params, loaded = part.read(adapter), load_model(model, notify)
+    if note := check_base(adapter, loaded.base):
+        notify(note)
     part.attach(loaded.model).load([params])
     return loaded
 

@@ -20,6 +20,7 @@ from fedloom.attacks import Attack
 from fedloom.checkpoint import FINISHED, Checkpoints, MemoryStore
 from fedloom.client.attached import Attached, check_fit
 from fedloom.client.compiling import compile_layers
+from fedloom.client.identity import check_base, stamp
 from fedloom.client.lean import lean
 from fedloom.client.models import Loaded, load_model
 from fedloom.client.trainer import Bench, Rows
@@ -86,6 +87,8 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
         compile_layers(loaded.model)
     initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
     if recipe.init is not None:
+        if not attached.whole and (note := check_base(recipe.init, loaded.base)):
+            sink.on(Warned(note))
         initial = attached.read(recipe.init)
         check_fit(initial, attached.shapes())
         initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
@@ -208,6 +211,7 @@ class World:
             base: what another regime of the run already measured on the base.
         """
         self.metrics.path.unlink(missing_ok=True)
+        stamp(self.folder, self.assets.loaded.base)
         state = self.recipe.algorithm.init(self.assets.initial)
         self.totals.results["base"] = self.measure(state, "base") if base is None else dict(base)
         state, sent = self.engine.admit(state, self.clients)
@@ -228,6 +232,8 @@ class World:
                 f"{self.folder}: the rows or their split are not those of the run (hash {record['split'][:12]} then, "
                 f"{self.assets.federation.split_hash[:12]} now); put the same data in place, or start a new run"
             )
+        if note := check_base(self.folder, self.assets.loaded.base):
+            self.sink.on(Warned(note))
         self.totals = Totals.load(record["totals"])
         self.totals.setup_seconds += self.assets.seconds
         self.totals.wall_seconds += self.assets.seconds

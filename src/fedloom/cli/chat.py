@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import Adapter, Checkpoint, Debug, Imports
+from fedloom.cli.options import Adapter, Checkpoint, Debug, Imports, told
 
 if TYPE_CHECKING:
     from fedloom.client.models import Loaded
@@ -65,10 +65,10 @@ def _open(
     if (checkpoint or client) and (adapter or recipe is None):
         raise RecipeError("--checkpoint and --client choose among a run's own adapters; leave them out here")
     if recipe is not None and adapter is None:
-        opened = reopen(Path(what), checkpoint, client)
+        opened = reopen(Path(what), checkpoint, client, told)
         loaded, label = opened.loaded, opened.label
     else:
-        loaded = load(recipe.model if recipe else Model(name=what), adapter)
+        loaded = load(recipe.model if recipe else Model(name=what), adapter, told)
         label = str(adapter or "no adapter")
     system, temperature, longest = style
     if recipe is None:

@@ -14,7 +14,12 @@ from fedloom.cli.options import NOT_RUN, Adapter, Checkpoint, Debug, Imports, Un
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="A run folder, a PEFT folder, or a model.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[evaluate=...]", help="Evaluators in the place of the recipe's.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="evaluate=...: evaluators in the place of the recipe's. Without a run also how the model is loaded "
+            "and how prompts are written, such as model.dtype or data.template.",
+        ),
     ] = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
@@ -28,7 +33,8 @@ def evaluate(
 ) -> None:
     """Measure a run's result, an adapter or a model, and the base beside it, on test data.
 
-    A missing adapter is an error. What is no run has no evaluators of its own, so they must be named.
+    A missing adapter is an error, and so is one of another base model. What is no run has no evaluators of its own,
+    so they must be named.
 
     [bold]Examples[/]
 
@@ -39,10 +45,13 @@ def evaluate(
     fedloom eval runs/demo 'evaluate=[{name: gsm8k, limit: 50}]'
 
     fedloom eval my-adapter 'evaluate=[{name: mmlu, limit: 100}]' --out results
+
+    fedloom eval my-model 'evaluate=[gsm8k]' data.template=alpaca model.dtype=bf16
     """
     from rich.console import Console
 
     from fedloom.console import ConsoleSink
+    from fedloom.outcome import finite
     from fedloom.reevaluate import reevaluate, target
     from fedloom.results import not_run, results
     from fedloom.types import RecipeError
@@ -56,7 +65,7 @@ def evaluate(
     with ConsoleSink(Console(stderr=True), quiet=as_json) as sink:
         found = reevaluate(chosen, sink, out)
     if as_json:
-        typer.echo(json.dumps(found.metrics, indent=1))
+        typer.echo(json.dumps(finite(found.metrics), indent=1, allow_nan=False))
     else:
         console = Console()
         console.print(results(found.metrics))

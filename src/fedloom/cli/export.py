@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import Checkpoint, Debug, Imports, Run
+from fedloom.cli.options import Checkpoint, Debug, Imports, Run, told
 
 
 class Target(StrEnum):
@@ -51,9 +51,9 @@ def export(
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder} exists and is not empty; choose another with --out DIR, or remove it")
     if to is Target.merged:
-        exporting.merged(run, folder, checkpoint, client)
+        exporting.merged(run, folder, checkpoint, client, told)
     else:
-        exporting.adapter(run, folder, checkpoint, client)
+        exporting.adapter(run, folder, checkpoint, client, told)
     if to is Target.hub:
         typer.echo(exporting.upload(folder, str(repo), private))
     else:

@@ -43,6 +43,13 @@ Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", callback=_import, help="Import a module that registers parts first."),
 ]
+
+
+def told(text: str) -> None:
+    """Print a line for the person at the terminal, where it is no part of the result."""
+    typer.echo(text, err=True)
+
+
 NOT_RUN = 4
 """Status of a command that is done but for evaluators that could not be run."""
 

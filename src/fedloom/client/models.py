@@ -26,6 +26,7 @@ from transformers import (
 
 from fedloom.client import quantize as quantizing
 from fedloom.client.bundled import Notify, Place, ignore, locate, read_config, reading
+from fedloom.client.identity import Base, identify
 from fedloom.client.quantize import Quantize
 from fedloom.home import cpu_bf16, devices
 from fedloom.parts import Record
@@ -103,6 +104,7 @@ class Loaded:
         parameters: how many numbers the model holds, tied weights once, quantised ones like others.
         source: where it came from, in one line.
         spec: the resolved record that loads it again.
+        base: what tells it apart from other models.
     """
 
     model: PreTrainedModel
@@ -110,6 +112,7 @@ class Loaded:
     parameters: int
     source: str
     spec: Model
+    base: Base
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,8 @@ def load_model(spec: Model, notify: Notify = ignore) -> Loaded:
             f"use the tokenizer that the model was trained with"
         )
     _check_halves(model, resolved.place.source)
-    return Loaded(model, tokenizer, quantizing.count(model), resolved.place.source, resolved.spec)
+    place, base = resolved.place, identify(spec.name, resolved.place.folder)
+    return Loaded(model, tokenizer, quantizing.count(model), place.source, resolved.spec, base)
 
 
 def skeleton(spec: Model, notify: Notify = ignore) -> PreTrainedModel:
