@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from fedloom.client.identity import check_base
 from fedloom.client.models import Loaded, Model, load_model
 from fedloom.client.peft_files import load_peft, saved_config
 from fedloom.recipe import Recipe
-from fedloom.types import Merge, ModelError, RecipeError, Tensors
+from fedloom.types import Merge, ModelError, RecipeError, Tensors, suggest
+
+NAMES_TOLD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ def read_adapter(
     Raises:
         ModelError: there is no such adapter.
     """
+    if client is not None:
+        _check_client(run, recipe, client)
     if checkpoint is None and client is None and (run / "merged").is_dir():
         checkpoint = "latest"  # the base changed densely: the state has that change and the adapter apart
     if checkpoint is not None:
@@ -78,6 +83,20 @@ def read_adapter(
         )
         raise ModelError(f"{run} holds no {folder.relative_to(run)}; {hint}")
     return recipe.adapter.read(folder), str(folder.relative_to(run)), ()
+
+
+def _check_client(run: Path, recipe: Recipe, client: str) -> None:
+    """Raise ModelError unless the run has a client of that name with an adapter of its own."""
+    if not recipe.algorithm.personal:
+        raise ModelError(
+            f"algorithm {recipe.algorithm.part_name} has one adapter for all clients; leave out --client {client}"
+        )
+    split = run / "split.json"
+    table = json.loads(split.read_text(encoding="utf-8")) if split.is_file() else {}
+    names = [name for name, rows in table.items() if isinstance(rows, dict)]  # beside them stand public rows, a hash
+    if client not in names:
+        told = f"{', '.join(names[:NAMES_TOLD])}{', ...' if len(names) > NAMES_TOLD else ''}"
+        raise ModelError(f"{run} has no client {client!r}{suggest(client, names)}; its clients: {told or 'none yet'}")
 
 
 def find_round(run: Path, checkpoints: Checkpoints, name: str) -> int:

@@ -64,6 +64,8 @@ def _open(
     recipe = read_recipe(Path(what)) if (Path(what) / "recipe.yaml").is_file() else None
     if (checkpoint or client) and (adapter or recipe is None):
         raise RecipeError("--checkpoint and --client choose among a run's own adapters; leave them out here")
+    if recipe is None and Path(what).is_dir() and not (Path(what) / "config.json").is_file():
+        raise RecipeError(f"{what} is neither a run folder (no recipe.yaml in it) nor a model's (no config.json)")
     if recipe is not None and adapter is None:
         opened = reopen(Path(what), checkpoint, client, told)
         loaded, label = opened.loaded, opened.label
