@@ -106,7 +106,7 @@ def test_a_finished_run_can_be_used(tiny_folder: Path, tmp_path: Path) -> None:
     assert {"federated", "federated adapted", "unseen", "unseen adapted"} <= set(result.metrics)
     folders = sorted((result.folder / "adapters").iterdir())
     assert [sorted(p.name for p in (one / "personal").iterdir()) for one in folders] == [
-        ["router.safetensors", "slot0", "slot1"]
+        ["base_model.json", "router.safetensors", "slot0", "slot1"]
     ] * len(folders)
     again = reevaluate(target(str(result.folder), [], None, None), Sink())
     for regime in ("federated", "unseen"):
