@@ -13,7 +13,7 @@ On the wire: up the change of A_k and B_k, down A_-k and B_-k (nothing before an
 never travels. The server keeps P numbers a client, and sees every client's adapter.
 
 Saved: `adapters/<client>/personal/`, with `slot0` (the individual adapter) and `slot1` (the rest of the world) as PEFT
-folders, and `router.safetensors`.
+folders, and `router.safetensors`; for a client that has never trained the mean of all, as one PEFT folder.
 
 Differs from the paper in: routers begin at zero, so both adapters weigh the same at first.
 """

@@ -122,8 +122,8 @@ def squared_distances(k: int, adapters: Sequence[Tensors]) -> Tensor:
     """Return (n,) squared Euclidean distances of adapter k to each, over all tensors, in float64."""
     total = torch.zeros(len(adapters), dtype=torch.float64)
     for name in adapters[k]:
-        rows = torch.stack([one[name] for one in adapters]).double().flatten(1)
-        total += (rows - rows[k]).square().sum(1)
+        apart = torch.stack([one[name] for one in adapters]).sub_(adapters[k][name]).flatten(1)
+        total += torch.linalg.vector_norm(apart, dim=1, dtype=torch.float64).square()
     return total
 
 
