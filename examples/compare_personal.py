@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ditto": {"name": "ditto", "lam": 0.1},
     "pfedme": {"name": "pfedme", "lam": 1, "outer_lr": 0.5},
     "admm": {"name": "admm", "rho": 0.1},
-    "fedamp": {"name": "fedamp", "lam": 0.1, "sigma": 1},
+    "fedamp": {"name": "fedamp", "lam": 0.5, "sigma": 1},
     "mira": {"name": "mira", "coupling": 0.5},
     "clustered": {"name": "clustered", "warmup": 1, "distance": 0.7},
     "fedem": {"name": "fedem", "components": 3},

@@ -142,10 +142,12 @@ class Recipe(Record):
     def _federation_problems(self) -> Iterable[str]:
         """Yield which parts of the server's and the client's half do not go together."""
         algorithm, server, name = self.algorithm, self.server, f"algorithm={self.algorithm.part_name}"
-        if algorithm.needs_others and self.data.clients == 1:
+        yield from self._crowd_problems()
+        if algorithm.mirrored and self.transforms:
+            named = ", ".join(one.part_name for one in self.transforms)
             yield (
-                f"data.clients=1: {name} {algorithm.needs_others}, and there are no others; raise data.clients, or set "
-                "algorithm=local"
+                f"transforms={named}: with {name}, clients and server both keep {algorithm.mirrored} by adding up the "
+                "changes that are sent, and would part where a transform alters them; set transforms=[]"
             )
         if algorithm.needs_lora and not self.adapter.pairs:
             yield f"{name} works on LoRA factors, which adapter={self.adapter.part_name} has not; set adapter=lora"
@@ -168,8 +170,16 @@ class Recipe(Record):
                 f"server.aggregator.distance=product compares products of LoRA factors, which adapter="
                 f"{self.adapter.part_name} has not; set server.aggregator.distance=factors, or adapter=lora"
             )
+
+    def _crowd_problems(self) -> Iterable[str]:
+        """Yield what does not go with the number of clients that train; it is asked once more with the rows at hand."""
+        data, clients = self.data, self.data.training_clients()
+        if not clients:
+            return  # the rows tell, or none would train, which is refused where they are given out
+        where = f"data.clients={data.clients}" + (f", data.unseen={data.unseen:g}" if data.unseen else "")
+        yield from (f"{where}: {problem}" for problem in self.algorithm.check_clients(clients))
         with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
-            yield from server.aggregator.conflicts(len(self.sampler.cohort(0, [""] * self.data.clients, self.seed)))
+            yield from self.server.aggregator.conflicts(len(self.sampler.cohort(0, [""] * clients, self.seed)))
 
     def _core_problems(self) -> Iterable[str]:
         algorithm, adapter = self.algorithm, self.adapter

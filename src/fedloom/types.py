@@ -73,12 +73,20 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
-    """What one client returns from one round: its message, its weight in the mean, and its metrics."""
+    """What one client returns from one round.
+
+    Attributes:
+        weight: in the mean; at 0 nothing of it counts.
+        changes: which groups of the message are changes of weights, trained minus broadcast, or such changes scaled:
+            what bounds, rounds or noises an update acts on them alone, and on all of them jointly. Control variates,
+            normalisers and scores are none. It does not travel; a decoded update has the default.
+    """
 
     client: str
     weight: float
     message: Message
     metrics: Mapping[str, float] = field(default_factory=dict)
+    changes: tuple[str, ...] = ("params",)
 
 
 @dataclass(frozen=True, slots=True)

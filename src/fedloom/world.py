@@ -103,15 +103,18 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
         recipe: settled.  memories: of the regime.  sink: is told of every optimiser step.
 
     Raises:
-        DataError, RecipeError: an attack or the aggregator does not go with the clients that there are.
+        DataError, RecipeError: the algorithm, an attack or the aggregator does not go with the clients that there are.
     """
     split, algorithm = assets.federation, recipe.algorithm
     unseen = set(split.unseen)
     seen = {name: data for name, data in split.clients.items() if name not in unseen}
     population = dict(algorithm.population(seen, _join))
     clients = list(population)
+    where = f"data.partition={recipe.data.partition.part_name}: clients that train: {len(clients)}"
+    problems = [f"{where}: {problem}" for problem in algorithm.check_clients(len(clients))]
     cohort = recipe.sampler.cohort(0, clients, recipe.seed)
-    if problems := list(recipe.server.aggregator.conflicts(len(cohort))):
+    problems += recipe.server.aggregator.conflicts(len(cohort))
+    if problems:
         raise RecipeError("; ".join(problems))
     attacks = tuple(attack.on(clients, recipe.seed) for attack in recipe.attacks)
     encoded, added, population = _poisoned(recipe, assets, attacks, population)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.algorithms.bowls import Bowl, Federation, near
+from tests.algorithms.by_hand import drive
 
 from fedloom.algorithms.admm import DUAL, OWN, Admm
 
@@ -61,6 +62,23 @@ def test_a_weak_pull_leaves_clients_at_their_own_optima() -> None:
     them.round()
     for name, bowl in bowls.items():
         assert near(them.own(name), bowl.target, 1e-6)
+
+
+def test_where_it_is_adapted_it_is_drawn_as_in_training() -> None:
+    rho = 0.7
+    them = Federation(Admm(rho=rho), BOWLS)
+    for _ in range(3):
+        them.round(["a", "b"])
+    z = float(them.state.params["w"][0])
+    for name, bowl in BOWLS.items():
+        memory = them.memories.get(name, {})
+        w = float(memory[OWN].tensors["w"][0]) if memory else z
+        u = float(memory[DUAL].tensors["w"][0]) if memory else 0.0
+        message = them.algorithm.broadcast(them.server, them.state, name)
+        adapted = drive(them.algorithm.adapt(them.client(name), message, 5), bowl.answer)
+        for _ in range(5):
+            w -= bowl.lr * (bowl.slope * (w - bowl.target) + rho * (w - z + u))
+        assert near(adapted, w, 1e-12)
 
 
 def test_what_travels_and_who_never_trained() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from tests.algorithms.bowls import Bowl, Federation, near
 from tests.algorithms.worlds import rounds, world
 from tests.helpers import same, tree
@@ -20,6 +21,14 @@ KINDS = {"a": Bowl(1.0, 3.0, rows=2), "b": Bowl(1.0, -3.0), "c": Bowl(1.0, 4.0),
 """`a` and `c` go up, the others down."""
 
 
+WAYS: list[dict[str, Any]] = [
+    {"distance": 0.5},
+    {"clusters": 2},
+    {"metric": "euclidean", "distance": 1.9},
+    {"metric": "manhattan", "distance": 2.5},
+]
+
+
 def test_one_cluster_is_fedavg(tiny_folder: Path, tmp_path: Path) -> None:
     cohorts = [(), ("client-1", "client-2"), ("client-2", "client-3"), ()]
     plain = rounds(world(tiny_folder, tmp_path / "a", rounds=4), cohorts)
@@ -31,10 +40,16 @@ def test_one_cluster_is_fedavg(tiny_folder: Path, tmp_path: Path) -> None:
         assert same(dict(own), dict(plain.params))
 
 
-@pytest.mark.parametrize("how", [{"distance": 0.5}, {"clusters": 2}, {"metric": "euclidean", "distance": 1.9}])
-@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
-def test_clients_of_a_kind_come_together(how: Any, linkage: Any) -> None:
-    them = Federation(Clustered(warmup=1, linkage=linkage, **how), KINDS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"linkage": linkage, **how} for linkage in ("average", "complete", "single") for how in WAYS),
+        {"linkage": "ward", "metric": "euclidean", "distance": 1.9},
+        {"linkage": "ward", "metric": "euclidean", "clusters": 2},
+    ],
+)
+def test_clients_of_a_kind_come_together(how: Any) -> None:
+    them = Federation(Clustered(warmup=1, **how), KINDS)
     plain = Federation(FedAvg(), KINDS)
     them.round()
     plain.round()
@@ -85,6 +100,21 @@ def test_a_stranger_uses_the_cluster_that_serves_its_rows_best() -> None:
     assert same(dict(them.own("d")), dict(them.state.slots[f"{MODEL}1"].tensors))
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "manhattan"])
+def test_distances_are_over_all_tensors(metric: Any) -> None:
+    """Clusters are those of scipy's own linkage of the changes as one vector each."""
+    stream = torch.Generator().manual_seed(5)
+    shapes = {"a": (3, 2), "b": (4,)}
+    changes = [{k: torch.randn(s, generator=stream, dtype=torch.float64) for k, s in shapes.items()} for _ in range(9)]
+    flat = torch.stack([torch.cat([t.flatten() for t in one.values()]) for one in changes]).numpy()
+    for linked in ("average", "complete", "single", *(["ward"] if metric == "euclidean" else [])):
+        labels = fcluster(
+            linkage(flat, linked, "cityblock" if metric == "manhattan" else metric), 4, "maxclust"
+        ).tolist()
+        found = Clustered(metric=metric, linkage=linked, clusters=4).grouped(changes)
+        assert [[a == b for b in found] for a in found] == [[a == b for b in labels] for a in labels]
+
+
 def test_a_cohort_of_one_is_one_cluster() -> None:
     them = Federation(Clustered(warmup=0), KINDS)
     them.round(["b"])
@@ -100,8 +130,22 @@ def test_a_cohort_of_one_is_one_cluster() -> None:
         ({"server": {"optimizer": "fedadam"}}, "every cluster has a model of its own"),
         ({"server": {"aggregator": "median"}}, "updates meet within their cluster"),
         ({"rounds": 2}, "algorithm.warmup=2: rounds=2 leaves none"),
+        ({"sampler": {"count": 1}}, "sampler=uniform takes one client of 3 in the round after algorithm.warmup=2"),
+        ({"sampler": {"fraction": 0.5}, "data": {"unseen": 0.34}}, "takes one client of 2 in the round after"),
+        (
+            {"algorithm": {"name": "clustered", "linkage": "ward"}},
+            "metric=cosine: linkage=ward .* set metric=euclidean",
+        ),
+        (
+            {"algorithm": {"name": "clustered", "linkage": "ward", "metric": "manhattan"}},
+            "metric=manhattan: linkage=ward is of squared Euclidean distances",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny_folder: Path, changes: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipes.load(tree(tiny_folder, **{"rounds": 3, "algorithm": "clustered", **changes}))
+
+
+def test_one_cluster_that_was_asked_for_may_be_of_one_client(tiny_folder: Path) -> None:
+    recipes.load(tree(tiny_folder, rounds=3, algorithm={"name": "clustered", "clusters": 1}, sampler={"count": 1}))

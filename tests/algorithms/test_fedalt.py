@@ -94,10 +94,22 @@ def test_what_is_saved_is_what_would_be_used(tiny_folder: Path, tmp_path: Path) 
         saved = of.recipe.algorithm.export(state, of.memories.load(name))["personal"]
         assert same(dict(saved), dict(own))
         assert any(float(t.abs().max()) > 0 for key, t in own.items() if slots.is_router(key))
-    never = of.recipe.algorithm.export(state, {})["personal"]
-    mean = {k: sum(of.memories.load(n)[OWN].tensors[k] for n in of.clients) / 3 for k in slots.main(never)}
-    close(slots.slot(never, 1), mean)
     assert of.recipe.algorithm.export(state) == {}
+
+
+def test_a_client_that_never_trained_uses_all_of_the_world(tiny_folder: Path, tmp_path: Path) -> None:
+    of = world(tiny_folder, tmp_path, algorithm="fedalt", data={"clients": 4, "partition": "iid", "unseen": 0.25})
+    before = of.recipe.algorithm.init(of.assets.initial)
+    (stranger,) = of.assets.federation.unseen
+    absent, *trained = of.clients
+    for state, heard in ((before, []), (rounds(of, [trained]), trained)):
+        mean = {k: sum(of.memories.load(n)[OWN].tensors[k] for n in heard) / 2 for k in before.params}
+        saved = of.recipe.algorithm.export(state, {})["personal"]
+        close(saved, mean if heard else before.params)
+        for name in (stranger, absent):
+            assert same(dict(of.engine.at_client(state, name, of.recipe.algorithm.own)), dict(saved))
+    adapted = of.engine.at_client(state, stranger, lambda who, message: of.recipe.algorithm.adapt(who, message, 1))
+    assert slots.count(adapted) == 2
 
 
 def test_a_finished_run_can_be_used(tiny_folder: Path, tmp_path: Path) -> None:

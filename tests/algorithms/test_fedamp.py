@@ -65,18 +65,32 @@ def test_a_naive_second_implementation(heuristic: bool) -> None:
         seen |= set(cohort)
 
 
-def test_the_pull_has_a_gradient_and_is_squared() -> None:
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_the_pull_has_a_gradient_and_is_squared(alpha: float | None) -> None:
     """Many steps find the minimum of a/2 (w - c)^2 + lambda / (2 alpha) (w - u)^2, whatever lambda is."""
-    bowls = {name: Bowl(b.slope, b.target, steps=250, lr=0.1) for name, b in BOWLS.items()}
+    bowls = {name: Bowl(b.slope, b.target, steps=400, lr=0.1) for name, b in BOWLS.items()}
     for lam in (1.0, 4.0):
-        them = Federation(FedAmp(lam=lam, sigma=50.0), bowls)
+        them = Federation(FedAmp(lam=lam, sigma=50.0, alpha=alpha), bowls)
         them.round()
         them.round()
         for name, bowl in bowls.items():
             message = them.down[name].groups["params"]
-            u, pull = float(message.tensors["w"][0]), lam / message.scalars["alpha"]
+            u, pull = float(message.tensors["w"][0]), lam / (alpha or 1.0)
             best = (bowl.slope * bowl.target + pull * u) / (bowl.slope + pull)
             assert near(them.own(name), best, 1e-4)
+
+
+@pytest.mark.parametrize("algorithm", [FedAmp(lam=0.5, sigma=1e-6), HeurFedAmp(lam=0.5, self_weight=1)])
+def test_the_pull_is_the_same_in_a_federation_of_any_size(algorithm: FedAmp) -> None:
+    """Where nobody is near, u is the client's own adapter, and a round is the same whoever else takes part."""
+    ends = []
+    for n in (2, 60):
+        them = Federation(algorithm, {"a": Bowl(2.0, 1.0), **{f"b{i}": Bowl(1.0, 9.0 + i) for i in range(n - 1)}})
+        for _ in range(3):
+            them.round()
+        ends.append(them.own("a"))
+        assert not them.down["a"].groups["params"].scalars
+    assert same(dict(ends[0]), dict(ends[1]))
 
 
 def test_equal_clients_and_far_ones() -> None:
@@ -131,3 +145,18 @@ def test_what_does_not_fit_is_refused(tiny_folder: Path, name: str, changes: Any
 def test_weights_of_more_than_one_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"algorithm.alpha=0.6: 2 near .* weigh 1.2 together.* at most 0.5"):
         recipes.load(tree(tiny_folder, algorithm={"name": "fedamp", "alpha": 0.6}))
+    alone = {"algorithm": {"name": "fedamp", "alpha": 0.6}, "data": {"unseen": 0.34}}
+    recipes.load(tree(tiny_folder, **alone))  # of two that train, one other weighs 0.6
+
+
+@pytest.mark.parametrize("name", ["fedamp", "heurfedamp"])
+def test_a_pull_under_which_steps_diverge_is_refused(tiny_folder: Path, name: str) -> None:
+    def loaded(lam: float, alpha: float | None, **trainer: Any) -> Any:
+        algorithm = {"name": name, "lam": lam, "alpha": alpha, "sigma": 9.0}
+        return recipes.load(tree(tiny_folder, algorithm=algorithm, trainer={"lr": 0.1, **trainer}))
+
+    for lam, alpha in ((20.0, None), (2.0, 0.1)):
+        with pytest.raises(RecipeError, match=r"trainer.lr x the pull of .* is 2: from 2 on steps go ever further"):
+            loaded(lam, alpha, optimizer="sgd")
+        loaded(lam, alpha, optimizer="adamw")
+    loaded(19.0, None, optimizer="sgd")

@@ -16,7 +16,10 @@ from tests.messages import payload, watched
 from fedloom import recipe as recipes
 from fedloom import tensors
 from fedloom.algorithms.fedem import SHARES, FedEm
-from fedloom.types import Fit, Losses, RecipeError
+from fedloom.client.optimizers import AdamW
+from fedloom.evaluate.view import RegimeView
+from fedloom.types import Bundle, Fit, Losses, RecipeError
+from fedloom.world import World
 
 COHORTS = [(), ("client-1", "client-3"), ()]
 
@@ -48,21 +51,97 @@ def test_a_naive_second_implementation(tiny_folder: Path, tmp_path: Path) -> Non
             q.append([one / sum(joint) for one in joint])
         expected[name] = [sum(row[m] for row in q) / len(q) for m in range(2)]
         for m, w in enumerate(before):
-            weights = torch.tensor([row[m] for row in q], dtype=torch.float64)
+            weights = torch.tensor([row[m] / expected[name][m] for row in q], dtype=torch.float64)
             fitted = engine.hands.perform({0: Fit(w, weights=weights)}, [name], 1)[0]
             for key, t in fitted.params.items():
-                means[m][key] = means[m].get(key, 0) + client.examples * t
+                change = expected[name][m] * (t - w[key])
+                means[m][key] = means[m].get(key, 0) + client.examples * change
         total += client.examples
     state = rounds(them, [()], state)
-    for mean, found in zip(means, (state.params, state.slots["component1"].tensors), strict=True):
+    after = (state.params, state.slots["component1"].tensors)
+    for mean, begun, found in zip(means, before, after, strict=True):
         for key in mean:
-            torch.testing.assert_close(found[key], mean[key] / total, rtol=0, atol=1e-10)
+            torch.testing.assert_close(found[key], begun[key] + mean[key] / total, rtol=0, atol=1e-10)
     for name in them.clients:
         memory = them.memories.load(name)
         assert memory[SHARES].tensors["pi"].tolist() == pytest.approx(expected[name], abs=1e-12)
         largest = state.params if expected[name][0] >= expected[name][1] else state.slots["component1"].tensors
         assert same(dict(algorithm.export(state, memory)["personal"]), dict(largest))
         assert same(dict(engine.at_client(state, name, algorithm.own)), dict(largest))
+
+
+def _sent(of: World, pi: tuple[float, float]) -> tuple[Any, list[float]]:
+    """Return what a client sends in round 0 that begins with some shares, and the shares that it ends with."""
+    algorithm, engine, name = of.recipe.algorithm, of.engine, of.clients[0]
+    memory = {SHARES: Bundle({"pi": torch.tensor(pi, dtype=torch.float64)})}
+    message = algorithm.broadcast(engine.stage.server, algorithm.init(of.assets.initial), name)
+    update, after = engine.drive(algorithm.train(engine.client(name, 0, memory), message), name, 0)
+    return update, after[SHARES].tensors["pi"].tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_change_is_as_large_as_the_clients_share_in_it(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
+    """Under AdamW, the shipped recipe's, too, which takes any factor out of gradients."""
+    recipe = recipes.load("fedem")
+    assert isinstance(recipe.trainer.optimizer, AdamW)
+    trainer = {**recipe.trainer.model_dump(), "optimizer": optimizer, "steps": 2, "batch": 2}
+    them = world(tiny_folder, tmp_path, algorithm={"name": "fedem", "components": 2}, trainer=trainer)
+    norms = []
+    for wanted in (0.5, 0.05, 1e-3, 1e-6):
+        update, pi = _sent(them, (1 - wanted, wanted))
+        assert pi[1] == pytest.approx(wanted, rel=0.5)  # components are still near each other
+        norms.append(tensors.norm(update.message.groups["component1"].tensors) / pi[1])
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=0.2)
+    update, pi = _sent(them, (1.0, 0.0))
+    assert pi == [1.0, 0.0]
+    assert tensors.norm(update.message.groups["component1"].tensors) == 0.0
+
+
+def test_one_step_of_plain_sgd_is_the_papers(tiny_folder: Path, tmp_path: Path) -> None:
+    sgd = {"optimizer": "sgd", "lr": 0.5, "steps": 1, "clip_norm": None}
+    them = world(tiny_folder, tmp_path, algorithm={"name": "fedem", "components": 2}, trainer=sgd)
+    engine, name, pi = them.engine, them.clients[0], (0.7, 0.3)
+    update, _ = _sent(them, pi)
+    algorithm = them.recipe.algorithm
+    message = algorithm.broadcast(engine.stage.server, algorithm.init(them.assets.initial), name)
+    starts = [message.groups[group].tensors for group in update.changes]
+    nll = torch.stack([engine.hands.perform({0: Losses(w)}, [name], 0)[0].tensors["nll"] for w in starts], 1)
+    q = torch.softmax(torch.tensor(pi, dtype=torch.float64).log() - nll, 1)
+    for m, (group, w) in enumerate(zip(update.changes, starts, strict=True)):
+        fitted = engine.hands.perform({0: Fit(w, weights=q[:, m])}, [name], 0)[0]
+        for key, change in tensors.sub(fitted.params, w).items():
+            torch.testing.assert_close(
+                update.message.groups[group].tensors[key], change, rtol=1e-5, atol=1e-8
+            )  # weights are float32
+
+
+def test_all_components_are_clipped_jointly(tiny_folder: Path, tmp_path: Path) -> None:
+    clip = [{"name": "clip", "norm": 1e-3}]
+    them = world(tiny_folder, tmp_path, algorithm={"name": "fedem", "components": 2}, transforms=clip)
+    with watched() as seen:
+        rounds(them, [()])
+    for passed in seen:
+        sizes = [tensors.norm(bundle.tensors) for bundle in passed.up.groups.values()]
+        assert math.hypot(*sizes) == pytest.approx(1e-3, rel=1e-9)
+        assert min(sizes) > 1e-5
+
+
+def test_adapted_it_is_measured_as_a_mixture(tiny_folder: Path, tmp_path: Path) -> None:
+    them = world(tiny_folder, tmp_path, algorithm={"name": "fedem", "components": 2}, adapt_steps=3)
+    state = rounds(them, [()])
+    algorithm, engine = them.recipe.algorithm, them.engine
+    view = RegimeView(engine, them.assets.federation, them.recipe, state, "federated adapted", "test")
+    parts = [state.params, state.slots["component1"].tensors]
+    for name, found in view.losses().items():
+        nll = torch.stack([engine.hands.perform({0: Losses(w)}, [name], 1)[0].tensors["nll"] for w in parts], 1)
+        pi = them.memories.load(name)[SHARES].tensors["pi"]
+        for _ in range(3):
+            pi = torch.softmax(pi.log() - nll, 1).mean(0)
+        test = [engine.hands.perform({0: Losses(w, "test")}, [name], 1)[0].tensors["nll"] for w in parts]
+        mixed = -torch.logsumexp(pi.log() - torch.stack(test, 1), 1)
+        assert found.scalars["nll"] == pytest.approx(float(mixed.sum()), abs=1e-9)
+        one = engine.at_client(state, name, lambda who, message: algorithm.adapt(who, message, 3))
+        assert any(one is part or same(dict(one), dict(part)) for part in parts)
 
 
 def test_what_is_measured_is_the_mixtures_likelihood(tiny_folder: Path, tmp_path: Path) -> None:

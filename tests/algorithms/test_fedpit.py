@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.algorithms.by_hand import adapter, ranks
+from tests.algorithms.by_hand import adapter, drive, ranks
 from tests.algorithms.worlds import rounds, world
-from tests.helpers import run, same
+from tests.helpers import lines, run, same
 
 from fedloom import slots
 from fedloom.algorithms import Client
@@ -67,6 +67,28 @@ def test_the_shared_adapter_learns_from_the_made_up_pairs(tiny_folder: Path, tmp
     assert [update.metrics["synthetic"] for update in sent] == [4, 4, 0]
     assert sent[2].metrics["steps"] == 2  # of the local adapter alone
     assert sent[0].metrics["steps"] == 4
+    assert [update.weight for update in sent] == [4, 4, 0]
+
+
+def test_a_client_without_pairs_waters_nothing_down(tiny_folder: Path, tmp_path: Path) -> None:
+    for weighting, weights in (("examples", [4.0, 0.0]), ("uniform", [1.0, 0.0])):
+        knobs = {"name": "fedpit", "weighting": weighting}
+        of = world(tiny_folder, tmp_path, algorithm=knobs, data={"max_tokens": 2000})
+        sent = [_update(of, {SYNTHETIC: packed(pairs, round=0.0)})[0] for pairs in (MADE_UP, ())]
+        assert [update.weight for update in sent] == weights
+        algorithm, server = of.recipe.algorithm, of.engine.stage.server
+        state = algorithm.init(of.assets.initial)
+        for order in (sent, sent[::-1]):
+            after = drive(algorithm.step(server, state, drive(algorithm.combine(server, state, order))))
+            alone = drive(algorithm.step(server, state, drive(algorithm.combine(server, state, sent[:1]))))
+            assert same(dict(after.params), dict(alone.params))
+            assert not same(dict(after.params), dict(state.params))
+
+
+def test_pairs_too_long_to_be_drawn_weigh_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    of = world(tiny_folder, tmp_path, algorithm="fedpit", data={"max_tokens": 200})
+    endless = (Pair("Why? " * 100, "So. " * 100),)
+    assert _update(of, {SYNTHETIC: packed(endless, round=0.0)})[0].weight == 0
 
 
 def _client(memory: Memory, round_: int = 0) -> Client:
@@ -164,6 +186,8 @@ def test_the_tiny_model_writes_from_its_clients_rows(tiny_folder: Path, tmp_path
 def test_a_finished_run_is_saved_and_measured(tiny_folder: Path, tmp_path: Path) -> None:
     knobs = {"name": "fedpit", "synthetic": 2, "attempts": 1, "max_new_tokens": 4}
     result = run(tiny_folder, tmp_path / "a", algorithm=knobs, data={"unseen": 0.34}, adapt_steps=1)
+    # nobody kept a pair, so that there is no mean to compare with
+    assert not [one for one in lines(result.folder / "metrics.jsonl") if one["name"] == "aggregation_error"]
     assert {"federated", "unseen adapted"} <= set(result.metrics)
     assert all(
         (one / "personal" / "adapter_model.safetensors").is_file() for one in (result.folder / "adapters").iterdir()

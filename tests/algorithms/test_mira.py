@@ -112,6 +112,13 @@ def test_what_does_not_fit_is_refused(tiny_folder: Path, changes: Any, message: 
 
 
 def test_a_relation_of_other_clients_is_refused_where_they_are_known(tiny_folder: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"data": {"unseen": 0.34}, "algorithm": {"name": "mira", "relation": GIVEN}}
-    with pytest.raises(RecipeError, match="has 3 rows, and there are 2 clients that train"):
-        run(tiny_folder, tmp_path / "a", **changes)
+    mira = {"name": "mira", "relation": ((0, 0.1), (0.1, 0))}
+    problem = "algorithm.relation has 2 rows, and there are 3 clients that train"
+    with pytest.raises(RecipeError, match=f"data.clients=4, data.unseen=0.25: {problem}"):
+        recipes.load(tree(tiny_folder, algorithm=mira, data={"clients": 4, "unseen": 0.25}))
+    recipes.load(tree(tiny_folder, algorithm=mira, data={"unseen": 0.34}))
+    owners = {"partition": {"name": "natural", "key": "category"}}
+    recipes.load(tree(tiny_folder, algorithm=mira, data=owners))
+    with pytest.raises(RecipeError, match=f"data.partition=natural: clients that train: 3: {problem}"):
+        run(tiny_folder, tmp_path / "a", algorithm=mira, data=owners)
+    assert not (tmp_path / "a" / "checkpoints").exists()  # before anything is trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,23 @@ def test_clip_bounds_the_joint_norm() -> None:
     kept, _ = Clip(norm=100.0).encode(update, {}, torch.Generator())
     assert kept.message == update.message
     assert math.isclose(tensors.norm(update.message.groups["params"].tensors), 10.0)
+
+
+def test_clip_is_joint_over_all_changes_and_leaves_the_rest() -> None:
+    groups = {
+        name: Bundle({"x": torch.full((1,), 3.0 * k)}, {"s": 7.0}) for k, name in enumerate(("params", "b", "c"), 1)
+    }
+    update = ClientUpdate("a", 1.0, Message({**groups, "control": Bundle({"x": torch.full((1,), 50.0)})}))
+    for changes, norm in ((("params", "b", "c"), 126**0.5), (("params", "c"), 90**0.5), (("params",), 3.0)):
+        clipped, _ = Clip(norm=0.5).encode(replace(update, changes=changes), {}, torch.Generator())
+        assert clipped.metrics["update_norm"] == pytest.approx(norm)
+        assert clipped.changes == changes
+        for name, bundle in update.message.groups.items():
+            factor = 0.5 / norm if name in changes else 1.0
+            torch.testing.assert_close(clipped.message.groups[name].tensors["x"], factor * bundle.tensors["x"])
+            assert clipped.message.groups[name].scalars == bundle.scalars
+    nothing = replace(update, message=Message({"control": groups["b"]}))
+    assert Clip(norm=0.5).encode(nothing, {}, torch.Generator())[0] is nothing
 
 
 def test_a_tensor_may_stand_in_two_groups() -> None:

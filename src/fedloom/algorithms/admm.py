@@ -42,6 +42,7 @@ class Admm(FedAvg, name="admm"):
 
     personal: ClassVar[bool] = True
     enrols: ClassVar[bool] = True
+    mirrored: ClassVar[str] = "w_k + u_k, of which z is the mean,"
     own_combine: ClassVar[str] = "z is the mean of w_k + u_k"
     own_step: ClassVar[str] = "z is the mean of w_k + u_k"
 
@@ -86,6 +87,12 @@ class Admm(FedAvg, name="admm"):
 
     def own(self, client: Client, message: Message) -> Steps[Tensors]:
         return done(client.memory.get(OWN, message.groups["params"]).tensors)
+
+    def adapt(self, client: Client, message: Message, steps: int) -> Steps[Tensors]:
+        own, z = (yield from self.own(client, message)), message.groups["params"].tensors
+        to = tensors.sub(z, client.memory[DUAL].tensors) if DUAL in client.memory else z
+        fitted = yield from client.fit(own, steps=range(steps), penalty=self._pull(to))
+        return fitted.params
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         if memory is None:

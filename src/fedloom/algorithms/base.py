@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -167,6 +168,9 @@ class Algorithm(Part, family=True):
     """Whether clients end with adapters of their own, kept in their memories."""
     needs_others: ClassVar[str] = ""
     """What it does that takes other clients, so that a federation of one is refused; empty: nothing."""
+    mirrored: ClassVar[str] = ""
+    """What clients and server both add the sent changes to, each on its own side, so that transforms, which change what
+    is sent alone, are refused; empty: nothing."""
     enrols: ClassVar[bool] = False
     """Whether every client has a word with the server before the first round (`enrol`, `admit`)."""
     finishes: ClassVar[bool] = False
@@ -203,6 +207,18 @@ class Algorithm(Part, family=True):
         What a recipe alone does not tell: it is asked once the adapter is in the model, before anything is trained.
         """
         return ()
+
+    def check_clients(self, clients: int) -> Iterable[str]:
+        """Yield why this algorithm cannot run with so many clients that train, one sentence each.
+
+        It is asked when the recipe is read, where that tells their number, and again once the rows are given out,
+        before anything is trained.
+        """
+        if self.needs_others and clients == 1:
+            yield (
+                f"algorithm={self.part_name} {self.needs_others}, and there are no others; let more clients train "
+                "(data.clients, data.partition, data.unseen), or set algorithm=local"
+            )
 
     def population(self, clients: Mapping[str, Rows], join: Callable[[Iterable[Rows]], Rows]) -> Mapping[str, Rows]:
         """Return who trains on what; the default is every client on its own rows.
@@ -258,8 +274,15 @@ class Algorithm(Part, family=True):
         return done(({}, client.memory))
 
     def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
-        """Combine the cohort's updates, taken one at a time in client order: the only place where they meet."""
-        return done(server.aggregator.combine(updates, self.around(server, state)))
+        """Combine the cohort's updates, taken one at a time in client order: the only place where they meet.
+
+        Updates of weight 0 are left out; where there is no other, the combined change is zero.
+        """
+        weighty = (update for update in updates if update.weight > 0)
+        first = next(weighty, None)
+        if first is None:
+            return done(Message({"params": Bundle(tensors.zeros_like(state.params))}))
+        return done(server.aggregator.combine(chain([first], weighty), self.around(server, state)))
 
     def around(self, server: Server, state: ServerState) -> Around:
         """Return what an aggregator may know beside the updates."""
@@ -306,6 +329,11 @@ class Algorithm(Part, family=True):
         """Return the loss sums of what this client would use, on its own rows of `split`; only sums leave it."""
         own = yield from self.own(client, message)
         return (yield from client.score(own, split))
+
+    def evaluate_adapted(self, client: Client, message: Message, split: Split, steps: int) -> Steps[Bundle]:
+        """Return the loss sums of what `adapt` makes of what this client would use, on its own rows of `split`."""
+        adapted = yield from self.adapt(client, message, steps)
+        return (yield from client.score(adapted, split))
 
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         """Return the adapters that result, by slot name.

@@ -7,7 +7,8 @@
     afterwards:              FedAvg within every cluster:  z_c <- z_c + sum_{k in c} p_k (w_k - z_c)
 
 A client that was absent then trains once from w, the model that was clustered, when it next takes part, and joins the
-cluster whose mean change is nearest to its own; that change does nothing else. One cluster is FedAvg, bit for bit.
+cluster whose mean change is nearest to its own; that change does nothing else. So there are never more clusters than
+that one cohort shows: make it large. One cluster is FedAvg, bit for bit.
 
 A client uses the model of its cluster; before it has one, w. A client outside the federation gets the models of all
 clusters and uses the one with the least loss on its own training rows.
@@ -15,24 +16,25 @@ clusters and uses the one with the least loss on its own training rows.
 On the wire: as FedAvg. The server sees every client's update.
 
 Differs from the paper in: clients may be absent when clusters are made, and join later; distances are between adapters'
-changes, Euclidean or one minus the cosine.
+changes, and may be one minus the cosine beside Manhattan and Euclidean ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from fedloom.algorithms import kept
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.server.aggregate import Mean
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, RecipeError, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -53,16 +55,35 @@ class Clustered(FedAvg, name="clustered"):
 
     warmup: NonNegativeInt = 2
     """Rounds of FedAvg before the round whose updates are clustered."""
-    metric: Literal["cosine", "euclidean"] = "cosine"
-    """How far two changes are from each other: 1 - cosine, or the Euclidean distance."""
-    linkage: Literal["average", "complete", "single"] = "average"
-    """How far two clusters are from each other: the mean, largest or smallest distance of their members."""
+    metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    """How far two changes are from each other: 1 - cosine, Euclidean distance, or the sum of absolute differences."""
+    linkage: Literal["average", "complete", "single", "ward"] = "average"
+    """How far two clusters are from each other: the mean, largest or smallest distance of their members; or, Euclidean
+    alone, by how much joining them raises the squared distances to their centres (Ward)."""
     distance: PositiveFloat = 0.5
     """Clusters that are further apart than this are not joined."""
     clusters: PositiveInt | None = None
     """How many clusters there are at most, instead of `distance`."""
 
+    @model_validator(mode="after")
+    def _ward_is_euclidean(self) -> Self:
+        if self.linkage == "ward" and self.metric != "euclidean":
+            raise ValueError(
+                f"metric={self.metric}: linkage=ward is of squared Euclidean distances; set metric=euclidean, or "
+                "linkage to average, complete or single"
+            )
+        return self
+
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
+        clients = recipe.data.training_clients() or 0
+        with suppress(RecipeError):  # a cohort that cannot be drawn is refused where the clients are known
+            cohort = recipe.sampler.cohort(self.warmup, [str(i) for i in range(clients)], recipe.seed)
+            if len(cohort) == 1 < clients and self.clusters != 1:
+                yield (
+                    f"sampler={recipe.sampler.part_name} takes one client of {clients} in the round after "
+                    f"algorithm.warmup={self.warmup}, whose cohort is clustered: one cluster would be made, for ever; "
+                    "sample more clients, or set algorithm=fedavg"
+                )
         if self.warmup >= recipe.rounds:
             yield (
                 f"algorithm.warmup={self.warmup}: rounds={recipe.rounds} leaves none in which clusters are made; lower "
@@ -142,6 +163,8 @@ class Clustered(FedAvg, name="clustered"):
         """Return (n, n) distances."""
         if self.metric == "cosine":
             return (1 - kept.cosines(changes)).clamp_min(0).numpy()
+        if self.metric == "manhattan":
+            return kept.manhattan(changes).numpy()
         products = kept.inner(changes)
         sizes = products.diagonal()
         return (sizes[:, None] + sizes[None, :] - 2 * products).clamp_min(0).sqrt().numpy()

@@ -6,13 +6,14 @@
 
 An average never overwrites what a client has trained. The server keeps the latest adapter of every client that has
 trained, so those that are absent still count. As long as no other has, the rest of the world is what everybody begins
-with. A client that has never trained uses that, beside the mean of all.
+with. A client that has never trained has nothing to weigh against it, and uses the mean of all by itself; where it is
+adapted it begins as in its first round, with that at a half.
 
 On the wire: up the change of A_k and B_k, down A_-k and B_-k (nothing before another has trained): 2 b P at most. G_k
 never travels. The server keeps P numbers a client, and sees every client's adapter.
 
-Saved: `adapters/<client>/personal/` with `slot0` (the individual adapter) and `slot1` (the rest of the world) as PEFT
-folders, and `router.safetensors`.
+Saved: `adapters/<client>/personal/`, with `slot0` (the individual adapter) and `slot1` (the rest of the world) as PEFT
+folders, and `router.safetensors`; for a client that has never trained the mean of all, as one PEFT folder.
 
 Differs from the paper in: routers begin at zero, so both adapters weigh the same at first.
 """
@@ -42,6 +43,7 @@ class FedAlt(Algorithm, name="fedalt"):
     needs_lora: ClassVar[bool] = True
     personal: ClassVar[bool] = True
     needs_others: ClassVar[str] = "keeps the latest adapters of other clients, whose mean each client is sent"
+    mirrored: ClassVar[str] = "each client's own adapter"
     own_combine: ClassVar[str] = "every client is sent the mean of the others"
     own_step: ClassVar[str] = "there is no adapter of all"
 
@@ -76,6 +78,8 @@ class FedAlt(Algorithm, name="fedalt"):
         return None
 
     def own(self, client: Client, message: Message) -> Steps[Tensors]:
+        if OWN not in client.memory:
+            return done(message.groups.get(WORLD, Bundle(client.initial)).tensors)
         return done(self._mixture(client, message))
 
     def adapt(self, client: Client, message: Message, steps: int) -> Steps[Tensors]:
@@ -85,9 +89,8 @@ class FedAlt(Algorithm, name="fedalt"):
     def export(self, state: ServerState, memory: Memory | None = None) -> Mapping[str, Tensors]:
         if memory is None:
             return {}
-        own = memory.get(OWN, Bundle(state.params))
         world = _mean(state, kept.signer(memory)) or state.params
-        return {"personal": _mixed(own.tensors, world, memory)}
+        return {"personal": _mixed(memory[OWN].tensors, world, memory) if OWN in memory else world}
 
     @staticmethod
     def _mixture(client: Client, message: Message) -> Tensors:
@@ -110,15 +113,11 @@ def _moves(name: str) -> bool:
 
 
 def _mean(state: ServerState, without: str | None) -> Tensors:
-    """Return the mean of the clients' latest adapters without one of them; empty: there is none."""
-    mean: Tensors = {}
-    total = 0.0
-    for name in kept.everyone(state):
-        if name == without:
-            continue
-        latest = state.slots[f"{kept.SLOT}{name}"]
-        weight = latest.scalars["weight"]
-        total += weight
-        # one alone is returned bit for bit
-        mean = tensors.add(mean, tensors.sub(latest.tensors, mean), weight / total) if mean else latest.tensors
-    return mean
+    """Return the mean of the clients' latest adapters without one of them; empty: there is none.
+
+    It is summed anew for everyone: a total less one's own adapter would hold traces of that in its last bits.
+    """
+    others = [state.slots[f"{kept.SLOT}{name}"] for name in kept.everyone(state) if name != without]
+    total = sum(one.scalars["weight"] for one in others)
+    weights = [one.scalars["weight"] / total for one in others]
+    return kept.mixture(weights, [one.tensors for one in others], 0) if others else {}

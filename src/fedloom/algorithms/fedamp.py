@@ -11,11 +11,13 @@ HeurFedAMP takes cosines, as distances say little in many dimensions:
 w_k is what client k uses; one that has never trained uses the mean of all kept. u_k counts every client that has sent
 something, absent ones as they were last. lambda = 0 is local training; with sigma near 0, u_k is w_k.
 
-On the wire: down u_k and alpha, up the change of w_k: b P bytes each, of every client by itself, so that the server
-sees the clients' adapters and keeps N of them.
+On the wire: down u_k, up the change of w_k: b P bytes each, of every client by itself, so that the server sees the
+clients' adapters and keeps N of them.
 
-Differs from the paper in: clients may be absent; alpha is constant, and chosen from N unless it is given; cosines are
-of the changes since the common start, as A of a LoRA adapter begins equal everywhere.
+Differs from the paper in: clients may be absent; alpha is constant. Unless it is given, N equal clients weigh the same
+(xi_kj is 1/N at most, as with alpha = sigma / N) and the pull is lambda/2 ||w - u_k||^2: lambda N / (2 sigma), which
+that alpha would make of it, grows with the federation until local steps diverge. Cosines are of the changes since the
+common start, as A of a LoRA adapter begins equal everywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fedloom.algorithms import kept
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.phases import moved
+from fedloom.client.optimizers import Sgd
 from fedloom.types import Bundle, ClientUpdate, Memory, Message, Penalty, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
@@ -46,20 +49,32 @@ class FedAmp(FedAvg, name="fedamp"):
 
     personal: ClassVar[bool] = True
     needs_others: ClassVar[str] = "draws every client to those that are like it"
+    mirrored: ClassVar[str] = "each client's own adapter"
     own_combine: ClassVar[str] = "every client is sent a mixture of its own"
     own_step: ClassVar[str] = "there is no global adapter"
 
     weighting: Literal["uniform"] = "uniform"
     """Every client counts the same."""
     lam: NonNegativeFloat = 0.1
-    """lambda, strength of the pull to the mixture, of which 1 / alpha is taken; 0 is local training."""
+    """lambda, strength of the pull to the mixture; 1 / alpha of it where alpha is given; 0 is local training."""
     sigma: PositiveFloat = 1.0
     """Squared distance over which likeness falls by a factor of e."""
     alpha: PositiveFloat | None = None
-    """How much the others weigh; null: sigma / N, with which N equal clients weigh the same."""
+    """How much the others weigh, and what lambda is divided by; null: N equal clients weigh the same, and lambda is
+    taken as it is."""
 
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
-        others = recipe.data.clients - 1
+        trainer = recipe.trainer
+        if isinstance(trainer.optimizer, Sgd) and trainer.lr * self.pull >= 2:
+            yield (
+                f"trainer.lr x the pull of algorithm={self.part_name} (algorithm.lam / algorithm.alpha) is "
+                f"{trainer.lr * self.pull:g}: from 2 on steps go ever further past the mixture; lower algorithm.lam or "
+                "trainer.lr, or raise algorithm.alpha, to a product of at most 1"
+            )
+
+    def check_clients(self, clients: int) -> Iterable[str]:
+        yield from super().check_clients(clients)
+        others = clients - 1
         if self.alpha is not None and others > 0 and self.alpha * others > self.sigma:
             yield (
                 f"algorithm.alpha={self.alpha:g}: {others} near clients would weigh "
@@ -67,9 +82,10 @@ class FedAmp(FedAvg, name="fedamp"):
                 f"{self.sigma / others:g}, raise algorithm.sigma, or set algorithm.alpha=null"
             )
 
-    def pull_scale(self, clients: int) -> float:
-        """Return alpha."""
-        return self.sigma / max(1, clients) if self.alpha is None else self.alpha
+    @property
+    def pull(self) -> float:
+        """lambda / alpha, or lambda."""
+        return self.lam if self.alpha is None else self.lam / self.alpha
 
     def attention(self, own: int, adapters: Sequence[Tensors], start: Tensors, clients: int) -> list[float]:
         """Return xi_kj of the other adapters; the place of its own is not looked at.
@@ -77,8 +93,8 @@ class FedAmp(FedAvg, name="fedamp"):
         Args:
             own: k.  start: where all began.  clients: N.
         """
-        share = self.pull_scale(clients) / self.sigma
-        apart = [tensors.norm(tensors.sub(one, adapters[own])) ** 2 for one in adapters]
+        share = 1 / clients if self.alpha is None else self.alpha / self.sigma
+        apart = kept.squared_distances(own, adapters).tolist()
         return [share * math.exp(-distance / self.sigma) for distance in apart]
 
     def broadcast(self, server: Server, state: ServerState, client: str) -> Message:
@@ -90,7 +106,7 @@ class FedAmp(FedAvg, name="fedamp"):
             towards = kept.mixture(weights, held, own)
         else:
             towards = kept.mean(state)
-        return Message({"params": Bundle(towards, {"alpha": self.pull_scale(len(server.clients))})})
+        return Message({"params": Bundle(towards)})
 
     def train(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
         own = client.memory[OWN].tensors if OWN in client.memory else client.initial
@@ -124,8 +140,8 @@ class FedAmp(FedAvg, name="fedamp"):
         return {"personal": memory[OWN].tensors if OWN in memory else kept.mean(state)}
 
     def _pull(self, message: Message) -> Penalty:
-        towards, alpha = message.groups["params"].tensors, message.groups["params"].scalars["alpha"]
-        return lambda w: self.lam / (2 * alpha) * tensors.sq_dist(w, towards)
+        towards = message.groups["params"].tensors
+        return lambda w: 0.5 * self.pull * tensors.sq_dist(w, towards)
 
 
 class HeurFedAmp(FedAmp, name="heurfedamp"):
@@ -134,18 +150,14 @@ class HeurFedAmp(FedAmp, name="heurfedamp"):
     sigma: PositiveFloat = 1.0
     """How much cosines count: the factor before the softmax."""
     alpha: PositiveFloat | None = None
-    """What lambda is divided by; null: 1 / N."""
+    """What lambda is divided by; null: it is taken as it is."""
     self_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     """xi, the weight of a client's own adapter."""
 
-    def conflicts(self, recipe: Recipe) -> Iterable[str]:
-        return ()  # the weights sum to one whatever alpha is
-
-    def pull_scale(self, clients: int) -> float:
-        return 1 / max(1, clients) if self.alpha is None else self.alpha
+    def check_clients(self, clients: int) -> Iterable[str]:
+        return super(FedAmp, self).check_clients(clients)  # the weights sum to one whatever alpha is
 
     def attention(self, own: int, adapters: Sequence[Tensors], start: Tensors, clients: int) -> list[float]:
-        cosines = kept.cosines([tensors.sub(one, start) for one in adapters])[own]
-        scores = [math.exp(self.sigma * float(cosine)) for cosine in cosines]
+        scores = [math.exp(self.sigma * cosine) for cosine in kept.cosines_with(own, adapters, start).tolist()]
         total = sum(score for j, score in enumerate(scores) if j != own)
         return [(1 - self.self_weight) * score / total if total else 0.0 for score in scores]

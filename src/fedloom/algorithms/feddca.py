@@ -86,8 +86,7 @@ class FedDca(FedAvg, name="feddca"):
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
         if not self.retrieve:
             return
-        public, clients = recipe.data.public, recipe.data.clients
-        clients -= max(1, round(recipe.data.unseen * clients)) if recipe.data.unseen else 0
+        public, clients = recipe.data.public, recipe.data.training_clients() or 1
         if not public:
             yield (
                 "algorithm=feddca gives clients rows of the server, which has none; set data.public to their number, "

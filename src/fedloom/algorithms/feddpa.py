@@ -7,7 +7,8 @@
     in use       w(x) = scale mean_i cos(e(x), e(x_i)),  not below 0,  over some of its own training questions x_i
 
 e is the last hidden state of a question's last token with P_k in the layers. In its first round a client of feddpa-t
-begins P_k with what it has made of G. A client without P_k (unseen; feddpa-f before its end) uses G.
+begins P_k with what it has made of G, so that the server, which is sent that, knows P_k until the client trains it
+further. A client without P_k (unseen; feddpa-f before its end) uses G.
 
 w is rounded to a multiple of `grid`, so that questions are answered side by side. Where one adapter must serve for all
 questions (`fedloom chat`, a saved adapter), w is `local_weight`.

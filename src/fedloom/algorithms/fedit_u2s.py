@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -38,7 +37,6 @@ from fedloom.algorithms.pairs import packed, unpacked
 from fedloom.data.similar import rouge_l
 from fedloom.parts import Record
 from fedloom.types import (
-    Bundle,
     ClientUpdate,
     Embed,
     Generate,
@@ -49,7 +47,6 @@ from fedloom.types import (
     Steps,
     Tensors,
     Texts,
-    done,
 )
 
 if TYPE_CHECKING:
@@ -126,13 +123,6 @@ class FedItU2s(FedAvg, name="fedit-u2s"):
         pairs = yield from self._pairs(client, message)
         fitted = yield from client.fit(message.groups["params"].tensors, steps=range(steps), **_alone(client, pairs))
         return fitted.params
-
-    def combine(self, server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> Steps[Message]:
-        weighty = (update for update in updates if update.weight > 0)
-        first = next(weighty, None)
-        if first is None:
-            return done(Message({"params": Bundle(tensors.zeros_like(state.params))}))
-        return super().combine(server, state, chain([first], weighty))
 
     def written(self, shown: Sequence[Exemplar]) -> Steps[tuple[Pair, ...]]:
         """Return the pairs that the model writes about the training rows of whoever asks."""

@@ -3,17 +3,17 @@
     client k:  D~_k <- question-answer pairs that the model writes after some of the client's own, filtered
                P_k  <- local steps on its own rows and D~_k, with G^t frozen beside it:  y = W_0 x + P_k(x) + G(x)
                G_k  <- local steps from G^t on D~_k alone
-    server:    FedAvg of the G_k
+    server:    FedAvg of the G_k,  p_k = |D~_k| / sum_j |D~_j|
 
 D~_k is kept by the client and made once (`renew`: anew every so many rounds, by the newest G). A pair is dropped if it
 is not complete, or if its question, or the whole pair, is as near as `threshold` (ROUGE-L) to one of the client's own
-or to an earlier one. A client to which none is left sends no change; the metric `synthetic` counts them.
+or to an earlier one. The metric `synthetic` counts them; a client to which none is left counts for nothing in the mean.
 
 On the wire: as FedAvg, G. P_k and D~_k never travel.
 
 Privacy: no step of G takes a private row, so its change depends on those only through D~_k. That is no guarantee: a
-model may repeat in other words what it was shown, and then G learns it. Nor does this hide how many rows a client has
-(its weight); `weighting: uniform` does.
+model may repeat in other words what it was shown, and then G learns it. A client's weight tells how many pairs it kept;
+with `weighting: uniform`, whether it kept any.
 
 Differs from the paper in: the examples are shown as plain text, without the template; the local adapter begins at zero
 beside G.
@@ -22,7 +22,8 @@ beside G.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -58,6 +59,8 @@ class FedPit(FedAvg, name="fedpit"):
     needs_lora: ClassVar[bool] = True
     personal: ClassVar[bool] = True
 
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in the mean: the number of its made-up pairs, or 1."""
     synthetic: PositiveInt = 32
     """Pairs that a client makes up, at most."""
     attempts: PositiveInt = 2
@@ -86,8 +89,10 @@ class FedPit(FedAvg, name="fedpit"):
         told, also = (shared, local) if shared.steps else (local, shared)
         update = client.update(tensors.sub(shared.params, start), told, also=[also])
         metrics = {**update.metrics, "synthetic": float(len(pairs))}
+        # without a step there is no change, and others' must not be watered down by it
+        weight = self.weight(len(pairs)) if shared.steps else 0.0
         kept = {**client.memory, OWN: Bundle(slots.main(local.params)), SYNTHETIC: made}
-        return ClientUpdate(update.client, update.weight, update.message, metrics), kept
+        return replace(update, weight=weight, metrics=metrics), kept
 
     def own(self, client: Client, message: Message) -> Steps[Tensors]:
         return done(_mixed(client.memory, message.groups["params"].tensors))

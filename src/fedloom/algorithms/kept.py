@@ -69,11 +69,38 @@ def mixture(weights: Sequence[float], adapters: Sequence[Tensors], base: int) ->
     Args:
         base: b, which of the adapters.
     """
-    mixed = dict(adapters[base])
-    for j, weight in enumerate(weights):
-        if j != base and weight:
-            mixed = tensors.add(mixed, tensors.sub(adapters[j], adapters[base]), alpha=weight)
+    others = [j for j, weight in enumerate(weights) if j != base and weight]
+    if not others:
+        return adapters[base]
+    mixed = {}
+    for name, own in adapters[base].items():
+        apart = torch.stack([adapters[j][name] for j in others]).sub_(own).flatten(1)
+        mixed[name] = own + (apart.new_tensor([weights[j] for j in others]) @ apart).view_as(own)
     return mixed
+
+
+def mixtures(weights: Tensor, adapters: Sequence[Tensors]) -> list[dict[str, Tensor]]:
+    """Return every adapter's `mixture`, w_k + sum_j weights_kj (w_j - w_k): one matrix product a tensor, in float64.
+
+    Each is w_k exactly where all others are equal to it or weigh nothing.
+
+    Args:
+        weights: (n, n); its diagonal is not looked at.  adapters: n > 0 of them.
+    """
+    alike = torch.tensor([[_equal(one, other) for other in adapters] for one in adapters])
+    weights = weights.double().masked_fill(alike, 0)  # rounded products of equal adapters would not cancel
+    shift = weights - weights.sum(1).diag()
+    mixed: list[dict[str, Tensor]] = [{} for _ in adapters]
+    for name, first in adapters[0].items():
+        rows = torch.stack([one[name] for one in adapters]).double().flatten(1)
+        moved = (rows + shift @ (rows - rows[0])).to(first.dtype)
+        for own, row in zip(mixed, moved, strict=True):
+            own[name] = row.view_as(first).clone()
+    return mixed
+
+
+def _equal(a: Tensors, b: Tensors) -> bool:
+    return a is b or all(torch.equal(t, b[name]) for name, t in a.items())
 
 
 def inner(adapters: Sequence[Tensors]) -> Tensor:
@@ -83,6 +110,32 @@ def inner(adapters: Sequence[Tensors]) -> Tensor:
         rows = torch.stack([one[name].double().flatten() for one in adapters])
         total += rows @ rows.mT
     return total
+
+
+def manhattan(adapters: Sequence[Tensors]) -> Tensor:
+    """Return (n, n) sums of absolute differences over all tensors, in float64."""
+    stacks = [torch.stack([one[name].double().flatten() for one in adapters]) for name in adapters[0]]
+    return torch.stack([torch.cdist(rows, rows, p=1) for rows in stacks]).sum(0)
+
+
+def squared_distances(k: int, adapters: Sequence[Tensors]) -> Tensor:
+    """Return (n,) squared Euclidean distances of adapter k to each, over all tensors, in float64."""
+    total = torch.zeros(len(adapters), dtype=torch.float64)
+    for name in adapters[k]:
+        apart = torch.stack([one[name] for one in adapters]).sub_(adapters[k][name]).flatten(1)
+        total += torch.linalg.vector_norm(apart, dim=1, dtype=torch.float64).square()
+    return total
+
+
+def cosines_with(k: int, adapters: Sequence[Tensors], start: Tensors) -> Tensor:
+    """Return (n,) cosines of adapter k's change since `start` with each one's, in float64; of no change it is 0."""
+    products, squares = torch.zeros(2, len(adapters), dtype=torch.float64)
+    for name, begun in start.items():
+        rows = torch.stack([one[name] for one in adapters]).sub_(begun).double().flatten(1)
+        products += rows @ rows[k]
+        squares += rows.square().sum(1)
+    both = (squares * squares[k]).sqrt()
+    return torch.where(both > 0, products / both.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
 def cosines(adapters: Sequence[Tensors]) -> Tensor:

@@ -31,8 +31,7 @@ from fedloom import tensors
 from fedloom.algorithms import kept
 from fedloom.algorithms.base import Client, Server
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.data.partition import Natural
-from fedloom.types import Bundle, ClientUpdate, Memory, Message, RecipeError, ServerState, Steps, Tensors, done
+from fedloom.types import Bundle, ClientUpdate, Memory, Message, ServerState, Steps, Tensors, done
 
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
@@ -69,10 +68,15 @@ class Mira(FedAvg, name="mira"):
             )
         return self
 
+    def check_clients(self, clients: int) -> Iterable[str]:
+        yield from super().check_clients(clients)
+        if not isinstance(self.relation, str) and len(self.relation) != clients:
+            yield (
+                f"algorithm.relation has {len(self.relation)} rows, and there are {clients} clients that train; give a "
+                "row of each, or set algorithm.relation=cosine"
+            )
+
     def conflicts(self, recipe: Recipe) -> Iterable[str]:
-        data = recipe.data
-        if not isinstance(self.relation, str) and not isinstance(data.partition, Natural) and not data.unseen:
-            yield from self._size_problem(data.clients)
         if self.coupling * self._degree() >= 1:
             yield (
                 f"algorithm.coupling={self.coupling:g}: with degrees of algorithm.relation up to {self._degree():g} "
@@ -85,9 +89,6 @@ class Mira(FedAvg, name="mira"):
 
         Args:
             names, adapters: of these.  start: where all began.  all_: every client, in client order.
-
-        Raises:
-            RecipeError: the given relation is of another number of clients.
         """
         n = len(all_)
         if self.relation == "cosine":
@@ -95,8 +96,6 @@ class Mira(FedAvg, name="mira"):
         elif self.relation == "complete":
             found = torch.full((len(names), len(names)), 1 / n, dtype=torch.float64)
         else:
-            if problems := list(self._size_problem(n)):
-                raise RecipeError(problems[0])
             places = [all_.index(name) for name in names]
             found = torch.tensor(self.relation, dtype=torch.float64)[places][:, places]
         return found.fill_diagonal_(0)
@@ -117,8 +116,8 @@ class Mira(FedAvg, name="mira"):
         state = replace(state, slots={**state.slots, **kept.slots(kept.moved_on(state, combined))})
         names = [name for name in server.clients if f"{kept.SLOT}{name}" in state.slots]
         held = [kept.kept(state, name) for name in names]
-        weights = (self.coupling * self.related(names, held, state.params, server.clients)).tolist()
-        mixed = {name: kept.mixture(weights[k], held, k) for k, name in enumerate(names)}
+        weights = self.coupling * self.related(names, held, state.params, server.clients)
+        mixed = dict(zip(names, kept.mixtures(weights, held), strict=True))
         return done(replace(state, round=state.round + 1, slots={**state.slots, **kept.slots(mixed)}))
 
     def trained(self, server: Server, state: ServerState, update: ClientUpdate) -> Tensors | None:
@@ -129,13 +128,6 @@ class Mira(FedAvg, name="mira"):
             return {}
         name = kept.signer(memory)
         return {"personal": state.params if name is None else kept.kept(state, name)}
-
-    def _size_problem(self, clients: int) -> Iterable[str]:
-        if len(self.relation) != clients:
-            yield (
-                f"algorithm.relation has {len(self.relation)} rows, and there are {clients} clients that train; give a "
-                "row of each, or set algorithm.relation=cosine"
-            )
 
     def _degree(self) -> float:
         """Return an upper bound of sum_l a_kl."""

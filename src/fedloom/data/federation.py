@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 
 from fedloom.data import named  # noqa: F401  (registers the named sets)
 from fedloom.data.encode import Encoded, Left, encode_spans, render
-from fedloom.data.partition import RESERVED, Iid, Partitioner
+from fedloom.data.partition import RESERVED, Iid, Natural, Partitioner
 from fedloom.data.rows import Row, column, listing
 from fedloom.data.sources import Source, TaskSource
 from fedloom.data.splits import ClientData, Splits, cut
@@ -50,6 +50,10 @@ class Data(Record):
     """Rows that the server holds, apart from all clients: their number, or their share of all rows."""
     unseen: Share = 0.0
     """Share of clients kept out of training."""
+
+    def training_clients(self) -> int | None:
+        """Return how many clients train; None: only the rows tell, as with `partition: natural`."""
+        return None if isinstance(self.partition, Natural) else self.clients - _kept_out(self.clients, self.unseen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +212,13 @@ def _owners(rows: list[Row], private: np.ndarray, data: Data, seed: int) -> dict
     return {client: private[part] for client, part in zip(parts, positions, strict=True)}
 
 
+def _kept_out(clients: int, share: float) -> int:
+    """Return how many of the clients are kept out of training."""
+    return max(1, round(share * clients)) if share > 0 else 0
+
+
 def _unseen(clients: list[str], share: float, seed: int) -> tuple[str, ...]:
-    count = max(1, round(share * len(clients))) if share > 0 else 0
+    count = _kept_out(len(clients), share)
     if 0 < count >= len(clients):
         problem = f"data.unseen={share}: keeps {count} of {len(clients)} clients out of training, so none would train"
         raise DataError(f"{problem}; lower data.unseen or raise data.clients")

@@ -81,8 +81,8 @@ class RegimeView:
         return self.recipe.algorithm.adapt(replace(client, lr=self.recipe.adapt_lr), message, self.recipe.adapt_steps)
 
     def _scored_adapted(self, client: Client, message: Message) -> Steps[Bundle]:
-        adapted = yield from self._adapted(client, message)
-        return (yield from client.score(adapted, self.split))
+        who, steps = replace(client, lr=self.recipe.adapt_lr), self.recipe.adapt_steps
+        return (yield from self.recipe.algorithm.evaluate_adapted(who, message, self.split, steps))
 
     def _suited(self, client: str, prompts: Sequence[str]) -> Suited:
         """Return which adapter of a client serves which prompt."""

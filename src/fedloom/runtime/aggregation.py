@@ -49,7 +49,7 @@ class AggregationError:
     def against(self, after: ServerState) -> float | None:
         """Return the error of the round that ended in `after`; None: there is no global product, or it is zero."""
         exported = self.algorithm.export(after)
-        if not self.known or not self._ideal or not exported:
+        if not self.known or not self._weight or not exported:
             return None
         scale = self.server.ranks.scale
         actual = {m: self._seen(pair) for m, pair in factors.pairs(next(iter(exported.values())), scale).items()}

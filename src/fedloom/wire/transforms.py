@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import PositiveFloat
 
 from fedloom import tensors
 from fedloom.parts import Part
-from fedloom.types import Bundle, ClientUpdate, Memory, Message
+from fedloom.types import ClientUpdate, Memory, Message
 
 
 class Transform(Part, family=True):
@@ -27,18 +29,24 @@ class Transform(Part, family=True):
 
 
 class Clip(Transform, name="clip"):
-    """Scale the change of the shared weights down to a largest joint Euclidean norm."""
+    """Scale the change of the shared weights down to a largest Euclidean norm, joint over all that the client changed.
+
+    Where clients share several adapters it is the norm over all of them; what is no change of weights, such as
+    SCAFFOLD's control variates, is sent as it is.
+    """
 
     norm: PositiveFloat
     """Largest norm of an update."""
 
     def encode(self, update: ClientUpdate, memory: Memory, generator: torch.Generator) -> tuple[ClientUpdate, Memory]:
-        if "params" not in update.message.groups:
+        changes = {group: update.message.groups[group] for group in update.changes if group in update.message.groups}
+        if not changes:
             return update, memory
-        delta = update.message.groups["params"].tensors
-        size = tensors.norm(delta)
+        size = tensors.norm({f"{group}/{name}": t for group, one in changes.items() for name, t in one.tensors.items()})
         metrics = {**update.metrics, "update_norm": size}
-        groups = dict(update.message.groups)
         if size > self.norm:
-            groups["params"] = Bundle(tensors.scale(delta, self.norm / size))
-        return ClientUpdate(update.client, update.weight, Message(groups), metrics), memory
+            factor = self.norm / size
+            changes = {
+                group: replace(one, tensors=tensors.scale(one.tensors, factor)) for group, one in changes.items()
+            }
+        return replace(update, message=Message({**update.message.groups, **changes}), metrics=metrics), memory
