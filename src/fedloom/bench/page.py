@@ -54,13 +54,20 @@ def _scores(bench: Bench) -> Section:
         body += paragraph(f"{len(bench.missing)} {runs} no result; see the reasons under Runs.", "warning")
     if not bench.rows:
         return Section("bench", "Scores", body + paragraph("There are none."))
-    mains = {name.partition(" ")[0]: name for name in reversed(bench.metrics())}  # the first of each evaluator
-    body += grid([_figure(bench.rows, name) for name in reversed(mains.values())])
-    heads, rows = bench.heads(), bench.cells()
-    last = len(heads) - len(_cost_heads(bench))
-    told = [[", ".join(row[:2]), *row[2:last]] for row in rows]
-    body += table(["recipe, variation", *heads[2:last]], told, "Mean ± standard deviation over seeds")
+    names: dict[str, list[str]] = {}
+    for name in bench.metrics():
+        names.setdefault(name.partition(" ")[0], []).append(name)
+    body += grid([_figure(bench.rows, found[0]) for found in names.values()])
+    body += Markup("").join(_table(bench, evaluator, found) for evaluator, found in names.items())
     return Section("bench", "Scores", body)
+
+
+def _table(bench: Bench, evaluator: str, names: Sequence[str]) -> Markup:
+    """Return the metrics of one evaluator: all in one table are wider than a printed page."""
+    places = [bench.heads().index(name) for name in names]
+    rows = [[", ".join(row[:3]), row[3], *(row[i] or None for i in places)] for row in bench.cells()]
+    heads = ["recipe, variation, regime", "seeds", *(name.partition(" ")[2].replace("_", " ") for name in names)]
+    return table(heads, rows, f"{evaluator}: mean ± standard deviation over seeds")
 
 
 def _figure(rows: Sequence[Row], name: str) -> Markup:
@@ -100,7 +107,7 @@ def _differences(bench: Bench) -> Section:
         rows = [
             [f"{where}: {second} against {first}", evaluator, *rest] for where, evaluator, first, second, *rest in found
         ]
-        body += table(["second against first", COMPARED[0], *COMPARED[3:]], rows, kind)
+        body += svg.tag("<h3>{}</h3>", kind) + table(["second against first", COMPARED[0], *COMPARED[3:]], rows)
     if not bench.comparisons:
         body += paragraph("No two results could be compared item by item.")
     body += Markup("").join(paragraph(f"Not paired. {one}", "warning") for one in bench.unpaired)
@@ -121,12 +128,12 @@ def _costs(bench: Bench) -> Section:
 
 
 def _runs(outcomes: Sequence[Outcome], command: str) -> Section:
-    rows = [[f"{_name(one)}, seed {one.cell.seed}", one.cell.folder, "done"] for one in outcomes if one.summary]
+    rows = [[f"{_name(one)}, seed {one.cell.seed}", one.cell.folder] for one in outcomes if one.summary]
     body = svg.tag('<p class="label">To repeat it</p><pre class="command">{}</pre>', command)
     for one in outcomes:
         if not one.summary:
             body += paragraph(f"No result: {_name(one)}, seed {one.cell.seed}: {parts.visible(one.reason)}", "warning")
-    body += table(["run", "folder", "state"], rows, "Runs with a result") if rows else Markup("")
+    body += table(["run", "folder"], rows, "Runs with a result") if rows else Markup("")
     return Section("runs", "Runs", body)
 
 

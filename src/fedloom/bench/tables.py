@@ -240,7 +240,8 @@ def _cost(key: str, value: float | None) -> str:
 def _compared(one: Comparison) -> list[str]:
     mean, sd = one.spread
     over = f"{mean:+.4g}" if sd is None else f"{mean:+.4g} ± {sd:.2g}"
-    p = ", ".join("–" if at.p is None else f"{at.p:.3g}" for at in one.seeds)
+    known = any(at.p is not None for at in one.seeds)
+    p = ", ".join("–" if at.p is None else f"{at.p:.3g}" for at in one.seeds) if known else "–"
     span = f"{one.low:+.4g} to {one.high:+.4g}"
     count = [str(one.items), str(len(one.seeds))]
     return [one.where, one.evaluator, one.first, one.second, f"{one.difference:+.4g}", span, over, p, *count]
