@@ -175,7 +175,7 @@ def test_intervals_are_those_of_the_samples(tmp_path: Path) -> None:
     write(tmp_path / "regimes" / "local" / "samples" / "tasks.jsonl", "local", "client-1", [1] * 10)
     write(tmp_path / "samples" / "graded.jsonl", "federated", None, [0.5])
     assert intervals(tmp_path) == [
-        "tasks: 10 items, 95 % intervals (Wilson): base 0.0 to 27.8 %, federated 23.7 to 76.3 %"
+        "tasks exact match: 10 items, 95 % intervals (Wilson): base 0.0 to 27.8 %, federated 23.7 to 76.3 %"
     ]
 
 

@@ -63,6 +63,20 @@ def test_kept_programs_get_their_scores_later(
     assert summary["metrics"]["federated"]["humaneval"]["pass@1"] == 0.0
     # three clients of their own in the compared regime
     assert set(summary["metrics"]["local"]["humaneval"]) >= {"pass@1", "pass@1_worst10", "pass@1_variance"}
+    # the rows of metrics.jsonl are those that a run with a sandbox would have
+    for place in (run, run / "regimes" / "local"):
+        rows = [line for line in lines(place / "metrics.jsonl") if "/humaneval/" in line["name"]]
+        for regime in {line["name"].split("/")[1] for line in rows}:
+            told = {
+                line["name"].rpartition("/")[2]: line["value"]
+                for line in rows
+                if line["client"] is None and line["name"].startswith(f"test/{regime}/humaneval/")
+            }
+            assert told == summary["metrics"][regime]["humaneval"]
+        assert {line["round"] for line in rows if "/base/" not in line["name"]} == {1}
+        assert len({(line["client"], line["name"]) for line in rows}) == len(rows) > 0
+    local = [line for line in rows if line["client"] is not None]
+    assert len(local) == 3 and {line["name"] for line in local} == {"test/local/humaneval/pass@1"}
     again = command("score", str(run))
     assert again.exit_code != 0
     assert "no program waits to be run" in str(again.exception)

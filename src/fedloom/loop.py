@@ -150,6 +150,9 @@ def _longer(text: str, rounds: int) -> str:
 
 def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
     """Run the recipe's own regime, then those it is compared with, on one resident model."""
+    for one in recipe.evaluate:
+        if one.every:
+            one.check(recipe.seed)
     trackers = open_all(recipe.trackers, folder, recipe.dump(), sink)
     for torn in sorted(folder.rglob(".*.tmp"), reverse=True):  # what a kill in mid-write left, deepest first
         if torn.is_dir() and not torn.is_symlink():

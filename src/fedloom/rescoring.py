@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedloom.evaluate.code.base import Attempt, CodeEvaluator
 from fedloom.evaluate.code.judging import Verdict, judge
@@ -13,14 +13,18 @@ from fedloom.evaluate.probe import chosen
 from fedloom.evaluate.view import spread
 from fedloom.outcome import write_summary
 from fedloom.reopen import read_recipe
+from fedloom.tracking import MetricsFile, keep_lines
 from fedloom.types import ModelError
 from fedloom.wire.codec import write_atomic
+
+Row: TypeAlias = tuple[int, str | None, Mapping[str, float]]
+"""Round, client (None: all), and metrics by name, as `MetricsFile.add` takes them."""
 
 
 def rescore(folder: Path, unsafe: bool = False) -> dict[str, Any]:
     """Judge the programs of a run's code evaluators that could not be run, and return its new summary.
 
-    The samples, summary.json and its compared regimes are rewritten; nothing is generated anew.
+    The samples, metrics.jsonl, summary.json and those of compared regimes are rewritten; nothing is generated anew.
 
     Args:
         folder: a finished run folder, or the folder of `fedloom eval --out`.
@@ -39,15 +43,19 @@ def rescore(folder: Path, unsafe: bool = False) -> dict[str, Any]:
         raise ModelError(f"{folder}: no program waits to be run")
     if isinstance(runner := chosen(unsafe), str):
         raise ModelError(f"the programs still cannot be run: {runner}; --unsafe-execution runs them without a sandbox")
-    judged = _place(folder, evaluators, summary, unsafe)
+    judged, rows = _place(folder, evaluators, summary, unsafe)
+    booked = {folder: rows}
     for name, place in places.items():
         other = _read(place)
-        judged |= _place(place, evaluators, other, unsafe)
+        more, booked[place] = _place(place, evaluators, other, unsafe)
+        judged |= more
         write_summary(place, other)
         for key in ("metrics", "not_run"):
             summary[key][name] = other[key].get(name, {})
     summary["not_run"] = {regime: why for regime, why in summary["not_run"].items() if why}
     write_summary(folder, summary)
+    for place, rows in booked.items():
+        _log(place / "metrics.jsonl", rows)
     for path, lines in judged.items():  # last, so that after a kill they still wait
         write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return summary
@@ -55,9 +63,13 @@ def rescore(folder: Path, unsafe: bool = False) -> dict[str, Any]:
 
 def _place(
     place: Path, evaluators: Iterable[CodeEvaluator], summary: dict[str, Any], unsafe: bool
-) -> dict[Path, list[dict[str, Any]]]:
-    """Judge the programs of one run folder, put the results into its summary, and return its samples with scores."""
-    judged = {}
+) -> tuple[dict[Path, list[dict[str, Any]]], list[Row]]:
+    """Judge the programs of one run folder and put the results into its summary.
+
+    Returns:
+        Its samples with scores by file, and the rows of its metrics.
+    """
+    judged, rows = {}, list[Row]()
     for evaluator in evaluators:
         if not _waiting(place, evaluator):
             continue
@@ -67,8 +79,19 @@ def _place(
         _judge(evaluator, lines)
         judged[path] = lines
         for regime in dict.fromkeys(line["regime"] for line in lines):
-            _book(evaluator, [line for line in lines if line["regime"] == regime], regime, summary)
-    return judged
+            rows += _book(evaluator, [line for line in lines if line["regime"] == regime], regime, summary)
+    return judged, rows
+
+
+def _log(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to metrics.jsonl, in place of those of the same names."""
+    rows = list(rows)
+    names = {name for _, _, metrics in rows for name in metrics}
+    keep_lines(path, lambda line: line["name"] not in names)
+    file = MetricsFile(path)
+    for round_, client, metrics in rows:
+        file.add(round_, client, metrics)
+    file.flush()
 
 
 def _judge(evaluator: CodeEvaluator, lines: list[dict[str, Any]]) -> None:
@@ -83,8 +106,8 @@ def _judge(evaluator: CodeEvaluator, lines: list[dict[str, Any]]) -> None:
         line["score"], line["verdict"] = verdict.score, verdict.text
 
 
-def _book(evaluator: CodeEvaluator, lines: list[dict[str, Any]], regime: str, summary: dict[str, Any]) -> None:
-    """Put the metrics of one regime into a summary, and what is still not run."""
+def _book(evaluator: CodeEvaluator, lines: list[dict[str, Any]], regime: str, summary: dict[str, Any]) -> list[Row]:
+    """Put the metrics of one regime into a summary, and what is still not run; return their rows."""
     found = evaluator.tasks()
     tasks, name = {task.id: task for task in found.items}, evaluator.part_name
     attempts: dict[str | None, list[Attempt]] = {}
@@ -100,6 +123,11 @@ def _book(evaluator: CodeEvaluator, lines: list[dict[str, Any]], regime: str, su
     if told.not_run:
         reasons[name] = told.not_run
     summary["evaluation"].setdefault(name, {}).update(told.settings)
+    every: list[tuple[str | None, Mapping[str, float]]] = [(None, metrics), *told.clients.items()]
+    return [
+        (lines[0]["round"], client, {f"test/{regime}/{name}/{key}": value for key, value in found.items()})
+        for client, found in every
+    ]
 
 
 def _waiting(place: Path, evaluator: CodeEvaluator) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.evaluate import Evaluator
-from fedloom.evaluate.stats import wilson
+from fedloom.evaluate import Evaluator, scored
+from fedloom.evaluate.scored import Answered
 from fedloom.evaluate.view import ADAPTED
 from fedloom.units import human_bytes, human_seconds
 
@@ -35,7 +35,10 @@ MAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The metrics worth a column, the most telling first; of other evaluators the first three."""
 COLUMNS = 6
 """As many fit a terminal of 80 columns; summary.json has all metrics."""
-SHARES = ("exact_match", "contained", "numeric", "flexible", "strict", "pass@1", "pass@10", "pass@100")
+SHARES = (
+    *("exact_match", "contained", "numeric", "flexible", "strict", "pass@1", "pass@10", "pass@100"),
+    *("accuracy", "accuracy_macro", "macro_f1", "mc1", "mc2"),
+)
 
 Metrics = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Regime -> evaluator -> metric -> value, or None where it is not finite, as in summary.json."""
@@ -72,11 +75,18 @@ class Measure:
         return max(values) if self.higher else min(values)
 
 
+def primary(evaluator: str) -> str:
+    """Return an evaluator's primary metric, of which its samples' scores are the parts."""
+    known = Evaluator.known.get(evaluator)
+    return known.primary if known is not None and issubclass(known, Evaluator) else "score"
+
+
 def measures(evaluator: str, metrics: Mapping[str, Any]) -> list[Measure]:
     """Return the main metrics of an evaluator among those it found."""
     known = Evaluator.known.get(evaluator)
     higher = known.higher_is_better if known is not None and issubclass(known, Evaluator) else None
-    plain = [name for name in metrics if not name.endswith(("_worst10", "_variance"))]
+    first = [name for name in (primary(evaluator),) if name in metrics]
+    plain = list(dict.fromkeys([*first, *(n for n in metrics if not n.endswith(("_worst10", "_variance")))]))
     chosen = [name for name in MAIN.get(evaluator, plain[:3]) if name in metrics]
     return [Measure(evaluator, name, higher) for name in chosen]
 
@@ -101,30 +111,32 @@ def results(metrics: Metrics) -> Table:
 
 
 def intervals(folder: Path) -> list[str]:
-    """Return a line for each evaluator of a run folder whose samples are right or wrong: items and 95 % intervals.
+    """Return a line for each evaluator of a run folder that kept samples: its primary metric's 95 % intervals.
 
-    Personal adapters are left out, and items that were sampled several times: such answers are not independent.
+    Each says how it was found. Personal adapters are left out, and what has no interval (`scored.estimate`).
     """
-    scores: dict[str, dict[str, list[float]]] = {}
-    items: dict[tuple[str, str], set[str]] = {}
+    answers: dict[str, dict[str, list[Answered]]] = {}
     for path in [*sorted(folder.glob("samples/*.jsonl")), *sorted(folder.glob("regimes/*/samples/*.jsonl"))]:
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if line["client"] is None and line["score"] is not None:
-                scores.setdefault(path.stem, {}).setdefault(line["regime"], []).append(line["score"])
-                items.setdefault((path.stem, line["regime"]), set()).add(line["id"])
-    lines = []
-    for evaluator, regimes in scores.items():
-        if not all(score in (0, 1) for found in regimes.values() for score in found):
-            continue
-        if any(len(found) > len(items[evaluator, regime]) for regime, found in regimes.items()):
-            continue
-        told = []
-        for regime in _ordered(regimes):
-            low, high = wilson(round(sum(regimes[regime])), len(regimes[regime]))
-            told.append(f"{regime} {100 * low:.1f} to {100 * high:.1f} %")
-        count = max(map(len, regimes.values()))
-        lines.append(f"{evaluator}: {count} items, 95 % intervals (Wilson): {', '.join(told)}")
-    return lines
+                one = Answered(line["id"], line["score"], line.get("stratum", ""))
+                answers.setdefault(path.stem, {}).setdefault(line["regime"], []).append(one)
+    return [line for evaluator, regimes in answers.items() for line in _intervals(evaluator, regimes)]
+
+
+def _intervals(evaluator: str, regimes: Mapping[str, Sequence[Answered]]) -> list[str]:
+    """Return a line for each method by which a regime's interval was found."""
+    measure = Measure(evaluator, primary(evaluator), None)
+    told: dict[str, list[str]] = {}
+    count = 0
+    for regime in _ordered(regimes):
+        items = scored.items(regimes[regime])
+        if (found := scored.estimate(items)) is not None:
+            low, high = (measure.text(end) for end in (found.interval.low, found.interval.high))
+            told.setdefault(found.method, []).append(f"{regime} {low.removesuffix(' %')} to {high}")
+            count = max(count, len(items))
+    what = f"{evaluator} {measure.metric.replace('_', ' ')}: {count} items"
+    return [f"{what}, 95 % intervals ({method}): {', '.join(found)}" for method, found in told.items()]
 
 
 def not_run(reasons: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -14,15 +14,19 @@ from tests.evaluate.bare_view import BareView
 from tests.tiny import tiny_model, tiny_tokenizer
 
 from fedloom import recipe as recipes
+from fedloom.evaluate import Evaluation
 from fedloom.evaluate.judge import Judge
+from fedloom.evaluate.view import interval, spread
+from fedloom.results import measures
 from fedloom.types import DataError, RecipeError
 
-Reply = Callable[[int, dict[str, Any]], tuple[int, str]]
+Reply = Callable[[int, dict[str, Any]], tuple[int, str | bytes]]
 
 
 @contextmanager
 def endpoint(reply: Reply, seconds: float = 0.0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serve an OpenAI-compatible endpoint; `reply` maps a request's number and body to a status and a text."""
+    """Serve an OpenAI-compatible endpoint; `reply` maps a request's number and body to a status and a text,
+    or to the bytes of the whole answer."""
     seen: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,6 +35,10 @@ def endpoint(reply: Reply, seconds: float = 0.0) -> Iterator[tuple[str, list[dic
             seen.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
             status, text = reply(len(seen) - 1, body)
             time.sleep(seconds)
+            if isinstance(text, bytes):
+                self.wfile.write(text)
+                self.close_connection = True
+                return
             self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
@@ -95,6 +103,30 @@ def test_what_was_rated_is_kept_when_the_endpoint_fails(tmp_path: Path) -> None:
     assert [one.score for _, one in found.samples] == [7.0, None, None]
     assert all(one.output is not None for _, one in found.samples)
     assert len(seen) == 1 + 2 * 3
+
+
+CUT_SHORT = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"
+NO_STATUS = b"hello?\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"), [(CUT_SHORT, "gives no answer (IncompleteRead"), (NO_STATUS, "gives no answer (BadStatusLine")]
+)
+def test_answers_that_are_no_http_cost_only_themselves(tmp_path: Path, answer: bytes, named: str) -> None:
+    with endpoint(lambda i, body: (200, "[[7]]") if i == 0 else (200, answer)) as (url, seen):
+        found = judge(tmp_path, url, retries=1).evaluate(view())
+    assert (found.metrics["rating"], found.metrics["rated"]) == (7.0, 1.0)
+    assert found.not_run.startswith("2 of 3 ratings could not be had; question 1: http")
+    assert named in found.not_run
+    assert [one.score for _, one in found.samples] == [7.0, None, None]
+    assert len(seen) == 1 + 2 * 2
+
+
+def test_the_rating_leads_and_clients_may_lack_a_category(tmp_path: Path) -> None:
+    assert measures("judge", {"rated": 3.0, "rating": 5.0})[0].metric == "rating"
+    told = spread(Judge(url="http://x", model="m"), {"ann": {"rating": 4.0}, "bob": {"rating": 8.0, "rating/a": 8.0}})
+    assert told["rating_worst10"] == 4.0 and told["rating/a_worst10"] == 8.0
+    assert interval(Judge(url="http://x", model="m"), Evaluation({}, {"ann": {}, "bob": {"rating": 8.0}})) == {}
 
 
 def test_silence_is_a_failure(tmp_path: Path) -> None:

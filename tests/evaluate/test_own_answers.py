@@ -56,10 +56,12 @@ SAID = {"1?": "one", "2?": "It is two.", "3?": "four", "4?": "four."}
 def test_sums_over_rows_and_clients() -> None:
     found = OwnAnswers().evaluate(_view(SAID))
     assert found.clients == {
-        "ann": {"exact_match": 1 / 3, "contained": 2 / 3},
-        "bob": {"exact_match": 1.0, "contained": 1.0},
+        # "It is two." holds one of one words among its three
+        "ann": {"exact_match": 1 / 3, "contained": 2 / 3, "rouge_l": (1 + 2 / 4 + 0) / 3},
+        "bob": {"exact_match": 1.0, "contained": 1.0, "rouge_l": 1.0},
     }
-    assert found.metrics == {"exact_match": 2 / 4, "contained": 3 / 4}
+    assert found.metrics == {"exact_match": 2 / 4, "contained": 3 / 4, "rouge_l": (1.5 + 1) / 4}
+    assert found.weights == {"ann": 3.0, "bob": 1.0}
     assert not found.samples
 
 
@@ -72,7 +74,7 @@ def test_each_row_is_answered_with_its_clients_adapter(shared: bool) -> None:
 
 def test_a_limit_takes_the_first_rows() -> None:
     view = _view(SAID)
-    assert OwnAnswers(limit=1).evaluate(view).clients["ann"] == {"exact_match": 1.0, "contained": 1.0}
+    assert OwnAnswers(limit=1).evaluate(view).clients["ann"] == {"exact_match": 1.0, "contained": 1.0, "rouge_l": 1.0}
     assert view.asked == [("ann's", 1), ("bob's", 1)]
 
 

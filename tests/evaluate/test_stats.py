@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from fedloom.evaluate.stats import holm, mcnemar, paired_bootstrap, variance, wilson, worst_share
+from fedloom.evaluate.stats import (
+    client_bootstrap,
+    holm,
+    macro_mean,
+    mcnemar,
+    paired_bootstrap,
+    variance,
+    wilson,
+    worst_share,
+)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (2, 100), (50, 200), (53, 1319)])
@@ -152,3 +161,23 @@ def test_worst_share_refuses_what_would_hide_a_failure() -> None:
 def test_variance_is_that_of_the_population() -> None:
     assert variance([1.0, 3.0]) == 1.0
     assert variance([5.0]) == 0.0
+
+
+def test_client_bootstrap_is_the_weighted_mean() -> None:
+    found = client_bootstrap([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])
+    assert found.mean == pytest.approx(11 / 4)
+    assert found.low == 1.0 and found.high == 4.0  # all three the same client: 1 draw of 27
+    assert client_bootstrap([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]) == found
+    values = np.random.default_rng(0).normal(size=400)
+    equal = client_bootstrap(values, np.ones(400), level=0.6826895)
+    assert equal.high - equal.mean == pytest.approx(values.std() / 20, rel=0.05)
+    with pytest.raises(ValueError, match="a weight is 0; needed: above 0"):
+        client_bootstrap([1.0, 2.0], [1.0, 0.0])
+    with pytest.raises(ValueError, match="needed: the same items"):
+        client_bootstrap([1.0, 2.0], [1.0])
+
+
+def test_macro_mean_by_hand() -> None:
+    assert macro_mean([1.0, 0.0, 0.0, 1.0], ["a", "a", "a", "b"]) == pytest.approx((1 / 3 + 1) / 2)
+    with pytest.raises(ValueError, match="macro_mean: 1 strata for 2 items"):
+        macro_mean([1.0, 0.0], ["a"])

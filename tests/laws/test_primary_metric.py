@@ -128,7 +128,7 @@ def members(folder: Path) -> tuple[Evaluator, ...]:
 
 
 def made(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     return folder
 
 

@@ -128,7 +128,7 @@ def test_scores_by_round_have_intervals(tiny: Path, tmp_path: Path) -> None:
         ends = told[round_, "exact_match_low"], told[round_, "exact_match_high"]
         assert ends == wilson(right, 4)
     page, outline = drawn(folder)
-    assert "Shaded: 95 % intervals (Wilson)." in page and outline.tags["polygon"] == 1
+    assert "Shaded: 95 % intervals" in page and outline.tags["polygon"] == 1
 
 
 def test_a_run_that_stopped_early(compared: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Evaluation:
     Attributes:
         metrics: name -> value over all items, as reported.
         clients: client -> the same metrics for that client; empty where there is one model and one test set.
+        weights: client -> its weight in the primary metric's mean over clients; empty: all count alike.
         samples: (client or None, sample) pairs.
         invalid: number of items or clients whose loss was not finite; they are in no metric.
         settings: what the figures depend on beside the evaluator's own knobs and `View.settings`; JSON values.
@@ -60,6 +61,7 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     not_run: str = ""
     notes: Sequence[str] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,13 @@ class Evaluator(Part, family=True):
 
     every: NonNegativeInt = 0
     """Rounds between evaluations on validation data in the course of the run; 0: only at the end, on test data."""
+
+    def check(self, seed: int) -> None:
+        """Refuse what can be known to fail in the course of a run, where `every` asks for validation data.
+
+        Raises:
+            DataError: no validation items can be had.
+        """
 
     def evaluate(self, view: View) -> Evaluation:
         """Measure one regime."""

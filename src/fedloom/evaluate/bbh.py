@@ -55,6 +55,9 @@ class Bbh(Evaluator, name="bbh"):
             ]
         return every
 
+    def check(self, seed: int) -> None:
+        self.problems("validation", seed)
+
     def evaluate(self, view: View) -> Evaluation:
         problems = self.problems(view.split, view.seed)
         decoding = Decoding(stop=("\n\n", "\nQ:"))

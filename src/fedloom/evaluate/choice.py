@@ -49,6 +49,9 @@ class Choice(Evaluator):
         """
         raise NotImplementedError
 
+    def check(self, seed: int) -> None:
+        self.questions("validation", seed)
+
     def scores(self, questions: Sequence[Question], likely: Sequence[Sequence[Likelihood]]) -> dict[str, float]:
         """Return the metrics.
 

@@ -54,6 +54,9 @@ class Gsm8kAccuracy(Evaluator, name="gsm8k"):
         rows = Gsm8k(split="test", path=self.path).rows(seed)
         return [rows[i] for i in drawn("gsm8k", len(rows), self.limit, split, seed)]
 
+    def check(self, seed: int) -> None:
+        self.problems("validation", seed)
+
     def prompts(self, rows: list[Row], view: View) -> list[str]:
         """Return the prompts of problems."""
         if not self.shots:

@@ -7,6 +7,7 @@ from 1 to 10. A rating that cannot be had is retried, then left out and told as 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -20,10 +21,11 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from fedloom.data.files import Record
 from fedloom.data.rows import Turn
 from fedloom.evaluate.base import Evaluation, Evaluator, Sample, View
 from fedloom.evaluate.items import drawn, found, records
-from fedloom.types import DataError
+from fedloom.types import DataError, Split
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _ASK = """Rate how well the assistant answers the user in the dialogue below: is it correct, helpful and clear?
@@ -59,12 +61,24 @@ class Judge(Evaluator, name="judge"):
     """A file with the columns question_id, category, turns, and perhaps reference; by default
     $FEDLOOM_DATA/instruct/vicuna_question.jsonl."""
 
-    def evaluate(self, view: View) -> Evaluation:
+    def questions(self, split: Split, seed: int) -> list[Record]:
+        """Return what is asked.
+
+        Raises:
+            DataError: the data cannot be found or read.
+        """
         file = found("judge", self.path, "instruct/vicuna_question.jsonl", "instruct/mt_bench_question.jsonl")
         rows = records(file, "question_id", "turns")
-        asked = [rows[i] for i in drawn("judge", len(rows), self.limit, view.split, view.seed)]
+        asked = [rows[i] for i in drawn("judge", len(rows), self.limit, split, seed)]
         if odd := [row["question_id"] for row in asked if not isinstance(row["turns"], list) or not row["turns"]]:
             raise DataError(f"{file}: question {odd[0]}: turns is no list of texts")
+        return asked
+
+    def check(self, seed: int) -> None:
+        self.questions("validation", seed)
+
+    def evaluate(self, view: View) -> Evaluation:
+        asked = self.questions(view.split, view.seed)
         clients: dict[str | None, dict[str, float]] = {}
         samples: list[tuple[str | None, Sample]] = []
         failures: list[str] = []
@@ -110,7 +124,7 @@ class Judge(Evaluator, name="judge"):
                 problem = f"{self.url} answers {error.code} {error.reason}"
                 if error.code < 500 and error.code not in (408, 429):
                     return None, f"{problem}; look at url, model and ${self.key_variable}"
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"{self.url} gives no answer ({type(error).__name__}: {error})"
             else:
                 ratings = [float(one) for one in _RATING.findall(said)]

@@ -20,13 +20,17 @@ class Loss(Evaluator, name="loss"):
 
     def evaluate(self, view: View) -> Evaluation:
         sums = view.losses()
+        if not sums:
+            return Evaluation({}, not_run=f"no client has rows of its own in {view.split}; raise data.splits")
         clients = {name: metrics_of([one]) for name, one in sums.items()}
         valid = {name: one for name, one in sums.items() if math.isfinite(clients[name]["loss"])}
         invalid = len(sums) - len(valid)
         metrics = (
             metrics_of(valid.values()) if valid else dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
         )
-        return Evaluation(metrics, clients, invalid=invalid)
+        return Evaluation(
+            metrics, clients, invalid=invalid, weights={name: one.scalars["tokens"] for name, one in valid.items()}
+        )
 
 
 def metrics_of(sums: Iterable[Bundle]) -> Mapping[str, float]:

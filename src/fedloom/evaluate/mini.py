@@ -36,6 +36,10 @@ class Mini(Evaluator, name="mini"):
     primary: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
 
+    def check(self, seed: int) -> None:
+        for one in MEMBERS:
+            one.check(seed)
+
     def evaluate(self, view: View) -> Evaluation:
         parts = {one.part_name: (one, one.evaluate(view)) for one in MEMBERS}
         # a member counts once, whatever its own strata

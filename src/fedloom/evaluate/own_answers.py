@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import PositiveInt
 
 from fedloom.data import tasks
 from fedloom.data.rows import Turn
+from fedloom.data.similar import rouge_l
 from fedloom.evaluate.base import Evaluation, Evaluator, View
 from fedloom.types import Pair
 
-RULES = {"exact_match": tasks.exact_match, "contained": tasks.contained}
+RULES: Mapping[str, Callable[[str, str], float]] = {
+    "exact_match": tasks.exact_match,
+    "contained": tasks.contained,
+    "rouge_l": rouge_l,
+}
 Sums = Mapping[str, float]
 
 
 class OwnAnswers(Evaluator, name="own-answers"):
     """Greedy answers to the clients' own rows of the split, scored as the task suite's are.
 
-    Metrics are over all clients' rows: `exact_match` (the answer and nothing else) and `contained` (the answer stands
-    somewhere in the output). Of a dialogue the first question is asked. There are no samples, as rows are private.
+    Metrics are means over all clients' rows: `exact_match` (the answer and nothing else), `contained` (the answer
+    stands somewhere in the output) and `rouge_l` (the words that both share, in their order), for free text. Of a
+    dialogue the first question is asked. There are no samples, as rows are private.
     """
 
     primary: ClassVar[str] = "exact_match"
@@ -42,11 +48,15 @@ class OwnAnswers(Evaluator, name="own-answers"):
             sums[client] = _sums(asked, view.generate(using, prompts, self.max_new_tokens))
         if not sums:
             return Evaluation({}, not_run=f"no client has rows of its own in {view.split}; raise data.splits")
-        return Evaluation(_shares(sums.values()), {client: _shares([one]) for client, one in sums.items()})
+        return Evaluation(
+            _shares(sums.values()),
+            {client: _shares([one]) for client, one in sums.items()},
+            weights={client: one["rows"] for client, one in sums.items()},
+        )
 
 
 def _sums(pairs: Sequence[Pair], outputs: Sequence[str]) -> Sums:
-    """Return how many answers each rule takes, and how many there are."""
+    """Return what each rule gives the answers in all, and how many there are."""
     both = list(zip(outputs, pairs, strict=True))
     hits = {name: float(sum(rule(output, pair.answer) for output, pair in both)) for name, rule in RULES.items()}
     return {**hits, "rows": float(len(both))}

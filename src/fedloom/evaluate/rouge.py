@@ -16,7 +16,7 @@ from fedloom.data.rows import Turn
 from fedloom.data.similar import rouge_l
 from fedloom.evaluate.base import Evaluation, Evaluator, Sample, Using, View
 from fedloom.evaluate.items import Scored, drawn, found, over_adapters, records
-from fedloom.types import DataError
+from fedloom.types import DataError, Split
 
 
 class Rouge(Evaluator, name="rouge"):
@@ -33,10 +33,21 @@ class Rouge(Evaluator, name="rouge"):
     """A file with the columns instruction, input (may be absent) and output (a text or a list of them); by default
     $FEDLOOM_DATA/instruct/user_oriented_instructions.jsonl."""
 
-    def evaluate(self, view: View) -> Evaluation:
+    def asked(self, split: Split, seed: int) -> list[tuple[int, str, Sequence[str]]]:
+        """Return (place in the file, instruction, references) of what is asked.
+
+        Raises:
+            DataError: the data cannot be found or read.
+        """
         file = found("rouge", self.path, "instruct/user_oriented_instructions.jsonl")
         rows = records(file, "instruction")
-        asked = [(i, *_read(rows[i], file)) for i in drawn("rouge", len(rows), self.limit, view.split, view.seed)]
+        return [(i, *_read(rows[i], file)) for i in drawn("rouge", len(rows), self.limit, split, seed)]
+
+    def check(self, seed: int) -> None:
+        self.asked("validation", seed)
+
+    def evaluate(self, view: View) -> Evaluation:
+        asked = self.asked(view.split, view.seed)
         prompts = view.prompts([(Turn("user", text),) for _, text, _ in asked])
 
         def score(adapter: Using) -> Scored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from fedloom.client.likelihood import Likelihood, likelihoods
 from fedloom.data.federation import Federation
 from fedloom.data.rows import Turn
 from fedloom.data.templates import bos, with_system
+from fedloom.evaluate import scored
 from fedloom.evaluate.base import Evaluation, Evaluator, Own, Using
-from fedloom.evaluate.stats import wilson, worst_share
+from fedloom.evaluate.stats import client_bootstrap, worst_share
 from fedloom.recipe import Recipe
 from fedloom.runtime.engine import Engine
 from fedloom.types import Bundle, Message, Pair, ServerState, Split, Steps, Tensors
@@ -178,28 +180,34 @@ class RegimeView:
 
 
 def interval(evaluator: Evaluator, found: Evaluation) -> dict[str, float]:
-    """Return the ends of the 95 % interval (Wilson) of the primary metric, where it is a share of items of one adapter.
+    """Return the ends of the 95 % interval of the primary metric, or nothing where none can be told.
 
-    Personal adapters have none, nor items that were sampled several times: such answers are not independent.
+    Where clients are measured apart it is over clients (bootstrap), else over items (`scored.estimate`).
     """
-    scores = [one.score for client, one in found.samples if client is None]
-    items = {one.id for _, one in found.samples}
-    if not scores or len(items) < len(found.samples) or any(score not in (0, 1) for score in scores):
-        return {}
-    low, high = wilson(sum(score == 1 for score in scores), len(scores))
-    return {f"{evaluator.primary}_low": low, f"{evaluator.primary}_high": high}
+    if found.clients:
+        every = {client: metrics.get(evaluator.primary, math.nan) for client, metrics in found.clients.items()}
+        values = {client: value for client, value in every.items() if math.isfinite(value)}
+        if len(values) < 2:
+            return {}
+        ends = client_bootstrap(list(values.values()), [found.weights.get(c, 1.0) for c in values])
+    else:
+        told = scored.estimate(scored.items(scored.answered(one for _, one in found.samples)))
+        if told is None:
+            return {}
+        ends = told.interval
+    return {f"{evaluator.primary}_low": ends.low, f"{evaluator.primary}_high": ends.high}
 
 
 def spread(evaluator: Evaluator, clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return each metric's mean over the worst tenth of the clients (`_worst10`) and its variance (`_variance`).
 
-    Values that are not finite are in neither; `Evaluation.invalid` counts their clients.
+    Values that are not finite or not there are in neither; `Evaluation.invalid` counts clients of the first kind.
     """
     if not clients:
         return {}
     found = {}
-    for name in next(iter(clients.values())):
-        values = np.array([v for metrics in clients.values() if np.isfinite(v := metrics[name])])
+    for name in dict.fromkeys(name for metrics in clients.values() for name in metrics):
+        values = np.array([v for metrics in clients.values() if np.isfinite(v := metrics.get(name, np.nan))])
         if not len(values):
             continue
         found[f"{name}_worst10"] = worst_share(values, higher_is_better=evaluator.higher_is_better)

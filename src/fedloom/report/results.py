@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
-from fedloom.evaluate.stats import wilson
+from fedloom.evaluate import scored
+from fedloom.evaluate.stats import holm
 from fedloom.report import compare, parts, svg
+from fedloom.report.compare import Paired
 from fedloom.report.parts import Section, figure, grid, paragraph, table
 from fedloom.report.read import Run, ordered
-from fedloom.results import measures
+from fedloom.results import SHARES, measures
 
 SWARM = 60
 """Clients whose single values are drawn beside a mean."""
+
+Band: TypeAlias = Sequence[tuple[float, float, float]]
+"""(round, low, high) of the intervals around a curve."""
+
+BANDS = (
+    "Shaded: 95 % intervals, over clients where they are measured apart (bootstrap), else over items (Wilson where one "
+    "mean counts right answers, bootstrap otherwise)."
+)
+"""What a note says of the bands around validation curves."""
+
+AGAINST = {"base": "the untouched base", "local": "clients that train alone"}
+"""What a run's own regime is compared with -> what it is called."""
 
 FEW = 6
 """Clients below which their number alone forbids a verdict: even if all agree, chance does so in 2 of 2^5 cases."""
@@ -43,8 +57,9 @@ def answer(run: Run) -> Section:
     for regime, reasons in (run.summary.get("not_run") or {}).items():
         lines += [paragraph(f"Not measured: {regime}, {name}: {why}", "warning") for name, why in reasons.items()]
     names = list(dict.fromkeys(name for metrics in run.metrics.values() for name in metrics))
+    pairs = paired(run, names)
     for evaluator in names:
-        lines += _told(run, evaluator)
+        lines += _told(run, evaluator, pairs)
     if not names:
         lines.append(paragraph("Nothing was measured on held-out data: the recipe names no evaluators."))
     elif run.finished and run.own == "federated" and "local" not in run.metrics:
@@ -58,7 +73,40 @@ def answer(run: Run) -> Section:
     return Section("answer", "What federating brought" if run.own == "federated" else "What it brought", _join(lines))
 
 
-def _told(run: Run, evaluator: str) -> list[Markup]:
+Pairs: TypeAlias = Mapping[tuple[str, str], tuple[Paired, float | None]]
+"""(evaluator, other regime) -> the comparison on the same items, and its p adjusted for all that the page tests."""
+
+
+def paired(run: Run, names: Sequence[str]) -> Pairs:
+    """Pair the run's own regime with the base and with local training, where both answered the same items.
+
+    Args:
+        names: evaluators.
+    """
+    found = {(name, other): one for name in names for other in AGAINST if (one := _pair(run, name, other)) is not None}
+    adjusted = iter(holm([one.p for one in found.values() if one.p is not None]))
+    return {key: (one, None if one.p is None else next(adjusted)) for key, one in found.items()}
+
+
+def _pair(run: Run, evaluator: str, other: str) -> Paired | None:
+    metric = primary(evaluator, run)
+    if other == run.own or metric is None:
+        return None
+    a, b = (compare.items(run, evaluator, one) for one in (other, run.own))
+    if compare.apart(a, b):
+        return None
+    found = compare.pair(a, b)
+    told = ((other, found.first), (run.own, found.second))
+    return found if all(_is(run, evaluator, metric, regime, value) for regime, value in told) else None
+
+
+def _is(run: Run, evaluator: str, metric: str, regime: str, value: float) -> bool:
+    """Return whether samples add up to a regime's reported metric: only then their interval may carry its name."""
+    reported = run.metrics.get(regime, {}).get(evaluator, {}).get(metric)
+    return reported is not None and math.isclose(reported, value, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def _told(run: Run, evaluator: str, pairs: Pairs) -> list[Markup]:
     metric = primary(evaluator, run)
     if metric is None:
         return []
@@ -67,27 +115,35 @@ def _told(run: Run, evaluator: str) -> list[Markup]:
     shown = ", ".join(f"{r} {text(v)}" for r, v in values.items() if v is not None)
     better = parts.direction(evaluator, metric)
     lines = [paragraph(svg.tag("<strong>{}</strong> {} ({})", title, shown, better or "on held-out data"))]
-    for other in ("base", "local"):
-        if other != run.own and values.get(other) is not None and values.get(run.own) is not None:
-            found = against(run, evaluator, metric, other)
-            lines += [paragraph(found)] if found else []
+    for other in AGAINST:
+        if other == run.own or values.get(other) is None or values.get(run.own) is None:
+            continue
+        if (evaluator, other) in pairs:
+            lines.append(paragraph(_on_items(run, evaluator, metric, other, pairs)))
+        elif (found := _at_clients(run, evaluator, metric, other)) is not None:
+            lines.append(paragraph(found))
     return lines
 
 
-def against(run: Run, evaluator: str, metric: str, other: str) -> Markup | None:
-    """Compare the run's own regime with another one on the same items, or at the same clients."""
-    name = {"base": "the untouched base", "local": "clients that train alone"}[other]
+def _on_items(run: Run, evaluator: str, metric: str, other: str, pairs: Pairs) -> Markup:
+    """Tell a comparison on the same items."""
+    found, p = pairs[evaluator, other]
     lower = parts.direction(evaluator, metric) == "lower is better"
-    a, b = (compare.items(run, evaluator, one) for one in (other, run.own))
-    if not compare.apart(a, b):
-        found = compare.pair(a, b)
-        test = f", McNemar {compare.p_text(found.p)}" if found.p is not None else ""
-        told = (
-            f"on the same {found.items} items, {_points(found.difference.mean)} "
-            f"(95 % interval {_points(found.difference.low)} to {_points(found.difference.high)}{test}); "
-            f"{found.better} items gained, {found.worse} lost"
-        )
-        return _verdict(f"{run.own} against {name}", told, found.difference.low, found.difference.high, lower)
+    change = _points if metric in SHARES else "{:+.3g}".format
+    test = f"; McNemar's test of right and wrong answers, {compare.p_text(p)} (Holm)" if p is not None else ""
+    gained, lost = (found.worse, found.better) if lower else (found.better, found.worse)
+    low, high = found.difference.low, found.difference.high
+    told = (
+        f"on the same {found.items} items, {metric.replace('_', ' ')} {change(found.difference.mean)} "
+        f"(95 % interval by bootstrap over items: {change(low)} to {change(high)}{test}); "
+        f"{gained} items gained, {lost} lost"
+    )
+    return _verdict(f"{run.own} against {AGAINST[other]}", told, low, high, lower)
+
+
+def _at_clients(run: Run, evaluator: str, metric: str, other: str) -> Markup | None:
+    """Compare the run's own regime with another one at the same clients, where each was measured apart."""
+    lower = parts.direction(evaluator, metric) == "lower is better"
     mine, theirs = (run.tested.get((r, evaluator, metric), {}) for r in (run.own, other))
     if other in run.others:
         theirs = run.others[other].tested.get((other, evaluator, metric), {})
@@ -98,7 +154,7 @@ def against(run: Run, evaluator: str, metric: str, other: str) -> Markup | None:
     gained, lost = (fell, rose) if lower else (rose, fell)
     count = len([client for client in mine if client in theirs])
     told = f"mean change over clients {difference.mean:+.3g}; better for {gained} of {count} clients, worse for {lost}"
-    what = f"{run.own} against {name}"
+    what = f"{run.own} against {AGAINST[other]}"
     if count < FEW:
         return svg.tag('<span class="verdict open">few clients</span> {}: {}', what, told)
     told += f" (95 % interval of the mean, over clients: {difference.low:+.3g} to {difference.high:+.3g})"
@@ -153,20 +209,16 @@ def dot_of(run: Run, evaluator: str, metric: str, regime: str) -> tuple[svg.Dot,
     """Return a metric that a regime has with its interval, or with single clients around it, and a note on which."""
     value = run.metrics[regime][evaluator][metric]
     source = run.others.get(regime, run)
-    found = [
-        float(line["score"])
-        for line in run.samples.get(evaluator, ())
-        if line.get("regime") == regime and line.get("client") is None and line.get("score") is not None
-    ]
-    right = found and all(score in (0, 1) for score in found)
-    # samples hold the main score alone, and a macro average is not a share of the items
-    if right and math.isclose(sum(found) / len(found), value, abs_tol=0.02):
-        low, high = wilson(round(sum(found)), len(found))
-        note = f"Bars: 95 % intervals (Wilson, {len(found)} items)"
-        return svg.Dot(regime, value, low, high, parts.tone(regime)), note
     clients = sorted(source.tested.get((regime, evaluator, metric), {}).values())
-    swarm = parts.spread(clients, SWARM)
-    return svg.Dot(regime, value, tone=parts.tone(regime), swarm=swarm), "Small dots: single clients" if swarm else ""
+    if clients:
+        swarm = parts.spread(clients, SWARM)
+        return svg.Dot(regime, value, tone=parts.tone(regime), swarm=swarm), "Small dots: single clients"
+    items = compare.items(run, evaluator, regime)
+    found = scored.estimate(items)
+    if found is None or not _is(run, evaluator, metric, regime, found.interval.mean):
+        return svg.Dot(regime, value, tone=parts.tone(regime)), ""
+    note = f"Bars: 95 % intervals ({found.method}, {len(items)} items)"
+    return svg.Dot(regime, value, found.interval.low, found.interval.high, parts.tone(regime)), note
 
 
 def _by_round(run: Run, evaluator: str) -> Markup | None:
@@ -180,15 +232,16 @@ def _by_round(run: Run, evaluator: str) -> Markup | None:
     if metric is None or not curves:
         return None
     text, title = parts.text_of(metric), f"{parts.title_of(evaluator, metric)} on validation data by round"
-    bands = {name: _band(run.regimes[name], (name, evaluator, metric)) for name in curves}
+    bands = {name: band(run.regimes[name], (name, evaluator, metric)) for name in curves}
     series = [svg.Series(name, sorted(curve.items()), parts.tone(name), bands[name]) for name, curve in curves.items()]
     drawing = svg.curves(title, series, ("round", metric.replace("_", " ")), (svg.plain, text))
     drawing += svg.legend([(one.name, one.tone) for one in series])
-    note = "Shaded: 95 % intervals (Wilson)." if any(bands.values()) else ""
+    note = BANDS if any(bands.values()) else ""
     return figure(title, drawing, parts.curve_table(list(curves), list(curves.values()), text), note)
 
 
-def _band(source: Run, key: tuple[str, str, str]) -> list[tuple[float, float, float]]:
+def band(source: Run, key: tuple[str, str, str]) -> Band:
+    """Return (round, low, high) of the intervals around a validation curve: (regime, evaluator, metric)."""
     regime, evaluator, metric = key
     low, high = (source.validation.get((regime, evaluator, f"{metric}_{end}"), {}) for end in ("low", "high"))
     return [(round_, low[round_], high[round_]) for round_ in sorted(low) if round_ in high]

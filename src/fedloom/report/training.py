@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup
@@ -12,7 +13,7 @@ from fedloom.cost import human_flops
 from fedloom.report import parts, svg
 from fedloom.report.parts import Section, figure, grid, paragraph, table
 from fedloom.report.read import Curve, Run
-from fedloom.report.results import primary
+from fedloom.report.results import BANDS, Band, band, primary
 from fedloom.units import human_bytes, human_seconds
 
 PHASES = ("set-up", "training", "between", "evaluation", "other")
@@ -37,18 +38,34 @@ def _validation_loss(run: Run) -> Markup | None:
     curve = run.validation.get((run.own, "loss", "loss"))
     if not curve:
         return None
-    found = {f"{run.own}, training": run.rounds.get("train_loss", {}), f"{run.own}, validation": curve}
-    return chart("Training and validation loss", found, "nats per token", "Validation rows are never trained on.")
+    name = f"{run.own}, validation"
+    found = {f"{run.own}, training": run.rounds.get("train_loss", {}), name: curve}
+    around = band(run, (run.own, "loss", "loss"))
+    note = "Validation rows are never trained on." + (f" {BANDS}" if around else "")
+    return chart("Training and validation loss", found, "nats per token", note, bands={name: around})
 
 
 def chart(
-    title: str, curves: Mapping[str, Curve], unit: str, note: str = "", text: svg.Text = svg.plain
+    title: str,
+    curves: Mapping[str, Curve],
+    unit: str,
+    note: str = "",
+    text: svg.Text = svg.plain,
+    bands: Mapping[str, Band] = MappingProxyType({}),
 ) -> Markup | None:
-    """Return a figure of curves by round, or None where there is nothing to draw."""
+    """Return a figure of curves by round, or None where there is nothing to draw.
+
+    Args:
+        curves: name -> curve.  unit: of the values.  text: how values are told.
+        bands: name -> the intervals around that curve.
+    """
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
-    series = [svg.Series(n, sorted(c.items()), parts.tone(n, i)) for i, (n, c) in enumerate(curves.items())]
+    series = [
+        svg.Series(name, sorted(curve.items()), parts.tone(name, i), bands.get(name, ()))
+        for i, (name, curve) in enumerate(curves.items())
+    ]
     drawing = svg.curves(title, series, ("round", unit), (svg.plain, text))
     drawing += svg.legend([(one.name, one.tone) for one in series])
     return figure(title, drawing, parts.curve_table(list(curves), list(curves.values()), text), note)

@@ -116,6 +116,9 @@ class CodeEvaluator(Evaluator):
         kept = {numbers[i] for i in drawn}
         return [task for task in everything if task.problem.id in kept]
 
+    def check(self, seed: int) -> None:
+        self.chosen(self.tasks().items, "validation", seed)
+
     def evaluate(self, view: View) -> Evaluation:
         found = self.tasks()
         tasks = [task for task in self.chosen(found.items, view.split, view.seed) for _ in range(self.samples)]
