@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -75,14 +76,13 @@ def _figure(rows: Sequence[Row], name: str) -> Markup:
     text, title = parts.text_of(metric), parts.title_of(evaluator, metric)
     groups, behind = [], list[list[object]]()
     for (recipe, variation), found in groupby(rows, key=lambda row: (row.recipe, row.variation)):
-        dots = []
+        dots = list[svg.Dot]()
         for row in found:
             if values := row.scores.get(name):
                 mean = statistics.fmean(values)
                 sd = statistics.stdev(values) if len(values) > 1 else None
-                ends = (None, None) if sd is None else (mean - sd, mean + sd)
-                tone = parts.tone(row.regime, len(dots))
-                dots.append(svg.Dot(row.regime, mean, *ends, tone, values if sd is not None else ()))
+                dot = svg.Dot(row.regime, mean, tone=parts.tone(row.regime, len(dots)))
+                dots.append(dot if sd is None else replace(dot, low=mean - sd, high=mean + sd, swarm=values))
                 shown = [text(mean), None if sd is None else f"± {text(sd)}"]
                 behind.append([f"{recipe}, {variation}, {row.regime}", *shown, ", ".join(map(text, values))])
         groups += [(f"{recipe}, {variation}", dots)] if dots else []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedloom.evaluate.scored import Item
 from fedloom.report import compare
 from fedloom.report.read import Run
 
@@ -21,7 +22,7 @@ class Side:
     """
 
     settings: Mapping[str, Mapping[str, Any]]
-    items: Mapping[str, Mapping[str, compare.Item]]
+    items: Mapping[str, Mapping[str, Item]]
     not_run: Mapping[str, str]
 
 

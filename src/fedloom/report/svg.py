@@ -197,7 +197,7 @@ def dots(title: str, rows: Sequence[Dot], name: str, text: Text) -> Markup:
 def grouped_dots(title: str, groups: Sequence[tuple[str, Sequence[Dot]]], name: str, text: Text) -> Markup:
     """Return rows as `dots` does, in groups: (what stands over its rows, or "", rows); at least one row in all."""
     left = 92.0
-    lines = [one for head, rows in groups for one in ([head, *rows] if head else rows)]
+    lines: list[str | Dot] = [one for head, rows in groups for one in (*([head] if head else ()), *rows)]
     tall = [22.0 if isinstance(one, str) else 30.0 for one in lines]
     height = TOP + sum(tall)
     found = [one for _, rows in groups for one in rows]
