@@ -13,9 +13,8 @@ import yaml
 from tests.helpers import run, tree
 from typer.testing import CliRunner
 
-from fedloom.bench import Cell, Outcome, grid, tabulate
+from fedloom.bench import grid
 from fedloom.cli.main import app
-from fedloom.evaluate import stats
 from fedloom.types import RecipeError
 
 TASKS = {"name": "tasks", "items_per_category": 2, "categories": ["units", "sorting"], "max_new_tokens": 2}
@@ -77,43 +76,27 @@ def test_a_bench_goes_on_where_it_was_stopped(bench: Any) -> None:
     assert "is a run of another recipe (trainer differ)" in odd.stdout
 
 
-def test_comparisons_are_paired(tmp_path: Path) -> None:
-    """Differences and p-values are those of `evaluate.stats` on the items that both runs have."""
-    scores = {"a": [[1, 0, 1, 0], [1, 1, 0, 0]], "b": [[1, 1, 1, 1], [0, 1, 1, 1]]}
-    outcomes = []
-    for label, seeds in scores.items():
-        for seed, found in enumerate(seeds):
-            place = tmp_path / label / str(seed)
-            (place / "samples").mkdir(parents=True)
-            lines = [
-                {"regime": "federated", "client": None, "id": f"i{i}", "score": float(score)}
-                for i, score in enumerate(found)
-            ]
-            (place / "samples" / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            summary = {"metrics": {"base": {}, "federated": {}}, "bytes_up": 1, "bytes_down": 1, "trained_tokens": 1}
-            summary |= {"fit_seconds": 1.0, "peak_rss_bytes": 1}
-            outcomes.append(Outcome(Cell("r", (("algorithm", label),), seed, (), place), summary))
-    (one,) = tabulate(outcomes).comparisons
-    a, b = ([score for found in scores[key] for score in found] for key in ("a", "b"))
-    expected = stats.paired_bootstrap(b, a, [0] * 4 + [1] * 4)
-    assert (one.difference, one.low, one.high) == (expected.mean, expected.low, expected.high)
-    assert one.p == stats.mcnemar(a, b)
-    assert (one.first, one.second, one.items) == ("a", "b", 8)
-
-
-def test_other_evaluation_settings_are_not_paired(tmp_path: Path) -> None:
-    outcomes = []
-    for label, dtype in (("a", "fp32"), ("b", "bf16")):
-        (tmp_path / label / "samples").mkdir(parents=True)
-        line = {"regime": "federated", "client": None, "id": "i", "score": 1.0}
-        (tmp_path / label / "samples" / "tasks.jsonl").write_text(json.dumps(line) + "\n")
-        summary = {"metrics": {"federated": {}}, "bytes_up": 1, "bytes_down": 1, "trained_tokens": 1}
-        summary |= {"fit_seconds": 1.0, "peak_rss_bytes": 1, "evaluation": {"tasks": {"dtype": dtype, "batch": 8}}}
-        outcomes.append(Outcome(Cell("r", (("model.dtype", label),), 0, (), tmp_path / label), summary))
-    found = tabulate(outcomes)
-    assert not found.comparisons
-    assert found.unpaired == ["r, tasks: a and b differ in dtype"]
-    assert "- not paired: r, tasks: a and b differ in dtype" in found.markdown()
+def test_a_cell_without_rows_leaves_its_reason(bench: Any, tmp_path: Path) -> None:
+    folder, _ = bench
+    data = json.dumps({"name": "file", "path": str(tmp_path / "none.jsonl")})
+    words = [
+        "bench",
+        str(folder / "small.yaml"),
+        "rounds=1",
+        "compare=[]",
+        "evaluate=[loss]",
+        "--seeds",
+        "0",
+        "--quiet",
+    ]
+    told = _call([*words, "--vary", f"data.source={data},tasks", "--out", str(tmp_path / "out")])
+    assert told.exit_code == 4, told.output
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    ((_, label, seed, why),) = table["missing"]
+    assert "none.jsonl" in label and "none.jsonl" in why and seed == 0
+    assert {row["variation"] for row in table["rows"]} == {"tasks"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 run has no result" in page and "none.jsonl" in page
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:

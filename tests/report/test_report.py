@@ -282,6 +282,15 @@ def test_recorded_settings_count_and_so_do_the_items(compared: Path, other: Path
     assert "they answered other items (12 and 11, 11 in common)" in refused[0]
 
 
+def test_an_evaluator_that_one_run_lacks_is_told_in_a_word(tiny: Path, compared: Path, tmp_path: Path) -> None:
+    odd = run(tiny, tmp_path / "odd", evaluate=["loss"], rounds=1).folder
+    for runs in ([compared, odd], [odd, compared]):
+        told = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(tmp_path / "x.html")])
+        names = [one.name for one in runs]
+        said = f"not paired: tasks: {names[1]} was not paired with {names[0]}: odd did not run tasks"
+        assert told.stderr.splitlines() == [said]
+
+
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, compared: Path) -> None:
     with pytest.raises(RecipeError, match=r"holds no recipe.yaml, so it is no run folder"):
         write_report(tmp_path)

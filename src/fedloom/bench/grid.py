@@ -15,7 +15,7 @@ import yaml
 from fedloom import loop
 from fedloom import recipe as recipes
 from fedloom.tracking import Sink
-from fedloom.types import RecipeError, Stopped
+from fedloom.types import FedloomError, RecipeError
 
 Variation = tuple[tuple[str, str], ...]
 """Keys and values, as texts, by which a cell differs from its recipe."""
@@ -35,6 +35,11 @@ class Cell:
     seed: int
     overrides: tuple[str, ...]
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """What the recipe is called: its shipped name, or its file without folder and ending."""
+        return Path(self.recipe).stem
 
     @property
     def label(self) -> str:
@@ -88,7 +93,8 @@ def run_all(
 ) -> list[Outcome]:
     """Run every cell that has no result yet, and return what became of all.
 
-    A recipe that is refused, or a run that had to stop, leaves its reason, and the bench goes on with the next cell.
+    A cell that cannot be run, or not to its end, leaves its reason, and the bench goes on with the next one: a recipe
+    is refused, rows or a model are not here, a run had to stop.
 
     Args:
         set_files: keys to lay over every recipe; `_tiny` stands for each recipe's own file of that ending.
@@ -113,7 +119,7 @@ def _outcome(cell: Cell, set_files: Sequence[str], sink: Callable[[Cell], Sink])
                 f"{cell.folder} is a run of another recipe ({', '.join(odd)} differ); choose another --out"
             )
         return Outcome(cell, loop.resume(cell.folder, sink=sink(cell)).summary)
-    except (RecipeError, Stopped) as error:
+    except FedloomError as error:
         return Outcome(cell, {}, str(error))
 
 

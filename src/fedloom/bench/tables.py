@@ -1,8 +1,7 @@
 """The tables of a bench: scores over seeds, costs, and which differences are more than chance.
 
-A row is a recipe, a variation and a regime. Scores are the mean and the standard deviation over seeds. Two variations
-are compared on the very same items of the very same seeds: the difference with its paired bootstrap interval (items
-resampled within their seed), and McNemar's exact test where items are right or wrong, adjusted for their number (Holm).
+A row is a recipe, a variation and a regime. Scores are the mean and the standard deviation over seeds. The comparisons
+below are those of `comparisons`.
 """
 
 from __future__ import annotations
@@ -13,15 +12,27 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from fedloom.bench.comparisons import Comparison, comparisons
 from fedloom.bench.grid import Outcome
-from fedloom.evaluate import stats
 from fedloom.evaluate.view import ADAPTED
 from fedloom.results import REGIMES, measures
 from fedloom.units import human_bytes
 
+COMPARED = (
+    "evaluator",
+    "first",
+    "second",
+    "second - first",
+    "95 % interval",
+    "mean ± sd over seeds",
+    "p at each seed (McNemar, Holm)",
+    "items",
+    "seeds",
+)
+"""Heads of the tables of comparisons for people, after that of what both sides have in common."""
 COSTS = {
     "bytes": "bytes up and down",
     "tokens": "trained tokens",
@@ -29,6 +40,16 @@ COSTS = {
     "memory": "peak memory",
     "flops": "FLOPs of training",
 }
+TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+        **{mark: f"\\{mark}" for mark in "_%&#{}$"},
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +66,6 @@ class Row:
     seeds: int
     scores: Mapping[str, Sequence[float]]
     costs: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How the second of two rows differs from the first on one evaluator.
-
-    Attributes:
-        difference, low, high: of the mean score, second minus first, with its 95 % interval.
-        p: of McNemar's test, adjusted; None: scores are graded.  items: pairs.
-    """
-
-    recipe: str
-    evaluator: str
-    first: str
-    second: str
-    difference: float
-    low: float
-    high: float
-    p: float | None
-    items: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,68 +99,67 @@ class Bench:
             for row in self.rows
         ]
 
+    def groups(self) -> list[tuple[str, list[list[str]]]]:
+        """Return the comparisons for people: kind of comparison, and its lines under `COMPARED`."""
+        kinds = groupby(self.comparisons, key=lambda one: one.group)
+        return [(kind, [_compared(one) for one in found]) for kind, found in kinds]
+
+    def notes(self) -> list[str]:
+        """Return what could not be compared, and the cells without a result, a sentence each."""
+        lines = [f"not paired: {why}" for why in self.unpaired]
+        return lines + [f"{recipe}, {variation}, seed {seed}: {why}" for recipe, variation, seed, why in self.missing]
+
     def write(self, folder: Path) -> list[Path]:
-        """Write table.json, table.csv, table.md and table.tex, and return their paths."""
+        """Write table.json, .csv, .md and .tex, and comparisons.csv; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         texts = {
-            "json": json.dumps(asdict(self), indent=1) + "\n",
-            "csv": self._csv(),
-            "md": self.markdown(),
-            "tex": self.latex(),
+            "table.json": json.dumps(asdict(self), indent=1) + "\n",
+            "table.csv": self._csv(),
+            "comparisons.csv": self._comparisons_csv(),
+            "table.md": self.markdown(),
+            "table.tex": self.latex(),
         }
-        for end, text in texts.items():
-            (folder / f"table.{end}").write_text(text, encoding="utf-8")
-        return [folder / f"table.{end}" for end in texts]
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return [folder / name for name in texts]
 
     def markdown(self) -> str:
         """Return the tables as Markdown."""
         lines = [_line(self.heads()), _line(["---"] * len(self.heads())), *map(_line, self.cells())]
-        if self.comparisons:
-            heads = ["recipe", "evaluator", "first", "second", "second - first", "95 % interval", "p (Holm)", "items"]
-            lines += ["", _line(heads), _line(["---"] * len(heads)), *(_line(_told(one)) for one in self.comparisons)]
-        lines += [""] if self.missing or self.unpaired else []
-        lines += [f"- not paired: {why}" for why in self.unpaired]
-        lines += [f"- {recipe}, {variation}, seed {seed}: {why}" for recipe, variation, seed, why in self.missing]
-        return "\n".join(lines) + "\n"
+        for kind, found in self.groups():
+            heads = ["of", *COMPARED]
+            lines += ["", f"{kind}:", "", _line(heads), _line(["---"] * len(heads)), *map(_line, found)]
+        notes = [f"- {' '.join(note.split())}" for note in self.notes()]
+        return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
     def latex(self) -> str:
-        """Return the first table as LaTeX (a tabular with booktabs rules)."""
-        rows = [" & ".join(map(_tex, cells)) + r" \\" for cells in self.cells()]
-        heads = " & ".join(map(_tex, self.heads())) + r" \\"
-        columns = "l" * 3 + "r" * (len(self.heads()) - 3)
-        return "\n".join(
-            [
-                rf"\begin{{tabular}}{{{columns}}}",
-                r"\toprule",
-                heads,
-                r"\midrule",
-                *rows,
-                r"\bottomrule",
-                r"\end{tabular}",
-                "",
-            ]
-        )
+        """Return the tables as LaTeX (tabulars with booktabs rules); what is missing stands in comments."""
+        texts = [_tabular("l" * 3, self.heads(), self.cells())]
+        texts += [f"% {kind}\n" + _tabular("l" * 4, ["of", *COMPARED], found) for kind, found in self.groups()]
+        notes = "".join(f"% {' '.join(note.split())}\n" for note in self.notes())
+        return "\n".join([*texts, *([notes] if notes else [])])
 
     def _csv(self) -> str:
-        out = io.StringIO()
         names = self.metrics()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            [
-                "recipe",
-                "variation",
-                "regime",
-                "seeds",
-                *(f"{n}_{kind}" for n in names for kind in ("mean", "sd")),
-                *COSTS,
-            ]
-        )
+        moments = [f"{n}_{kind}" for n in names for kind in ("mean", "sd")]
+        lines: list[Sequence[object]] = [["recipe", "variation", "regime", "seeds", *moments, *COSTS]]
         for row in self.rows:
             spread = [value for name in names for value in _moments(row.scores.get(name, ()))]
-            writer.writerow(
-                [row.recipe, row.variation, row.regime, row.seeds, *spread, *(row.costs.get(key, "") for key in COSTS)]
-            )
-        return out.getvalue()
+            costs = [row.costs.get(key, "") for key in COSTS]
+            lines.append([row.recipe, row.variation, row.regime, row.seeds, *spread, *costs])
+        return _csv(lines)
+
+    def _comparisons_csv(self) -> str:
+        """Return a line for each comparison and seed, after one of all seeds, which has the interval."""
+        names = ("group", "where", "evaluator", "first", "second")
+        lines: list[Sequence[object]] = [[*names, "seed", "difference", "low", "high", "sd", "p_holm", "items"]]
+        for one in self.comparisons:
+            what = [getattr(one, name) for name in names]
+            sd = one.spread[1]
+            lines.append([*what, "all", one.difference, one.low, one.high, "" if sd is None else sd, "", one.items])
+            for at in one.seeds:
+                lines.append([*what, at.seed, at.difference, "", "", "", "" if at.p is None else at.p, at.items])
+        return _csv(lines)
 
     def _costs(self) -> list[str]:
         return [key for key in COSTS if any(key in row.costs for row in self.rows)]
@@ -171,13 +171,13 @@ def tabulate(outcomes: Iterable[Outcome]) -> Bench:
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for one in outcomes:
         if one.summary:
-            groups.setdefault((one.cell.recipe, one.cell.label), []).append(one)
+            groups.setdefault((one.cell.name, one.cell.label), []).append(one)
     rows = [
         _row(recipe, label, regime, found) for (recipe, label), found in groups.items() for regime in _regimes(found)
     ]
-    missing = [(o.cell.recipe, o.cell.label, o.cell.seed, o.reason) for o in outcomes if not o.summary]
-    comparisons, unpaired = _comparisons(groups)
-    return Bench(rows, comparisons, missing, unpaired)
+    missing = [(o.cell.name, o.cell.label, o.cell.seed, o.reason) for o in outcomes if not o.summary]
+    compared, unpaired = comparisons(outcomes)
+    return Bench(rows, compared, missing, unpaired)
 
 
 def _regimes(found: Sequence[Outcome]) -> list[str]:
@@ -216,58 +216,6 @@ def _costs_of(outcome: Outcome, regime: str) -> dict[str, float]:
     return {**found, **({"flops": summary["flops"]} if summary.get("flops") is not None else {})}
 
 
-def _comparisons(groups: Mapping[tuple[str, str], Sequence[Outcome]]) -> tuple[list[Comparison], list[str]]:
-    """Compare every variation with the first of its recipe, in the recipe's own regime; tell what could not be."""
-    found, unpaired = list[Comparison](), list[str]()
-    firsts: dict[str, tuple[str, Sequence[Outcome]]] = {}
-    for (recipe, label), outcomes in groups.items():
-        if recipe not in firsts:
-            firsts[recipe] = label, outcomes
-            continue
-        first, others = firsts[recipe]
-        a, b = _samples(others), _samples(outcomes)
-        for evaluator in a.keys() & b.keys():
-            items = sorted(a[evaluator].keys() & b[evaluator].keys())
-            if odd := _settings_apart(evaluator, [*others, *outcomes]):
-                unpaired.append(f"{recipe}, {evaluator}: {first} and {label} differ in {', '.join(odd)}")
-            elif items:
-                found.append(_compare((recipe, evaluator, first, label), items, a[evaluator], b[evaluator]))
-    adjusted = iter(stats.holm([one.p for one in found if one.p is not None]))
-    told = [one if one.p is None else Comparison(**{**asdict(one), "p": next(adjusted)}) for one in found]
-    return told, unpaired
-
-
-def _settings_apart(evaluator: str, outcomes: Sequence[Outcome]) -> list[str]:
-    """Return the settings of an evaluator, such as dtype or batch, in which runs differ: they measured other things."""
-    told = [one.summary.get("evaluation", {}).get(evaluator, {}) for one in outcomes]
-    return sorted({key for one in told for key in one.keys() | told[0].keys() if one.get(key) != told[0].get(key)})
-
-
-Items = dict[tuple[int, str | None, str], float]
-"""(seed, client, item) -> score."""
-
-
-def _compare(names: tuple[str, str, str, str], items: Sequence[Any], a: Items, b: Items) -> Comparison:
-    first, second = [a[item] for item in items], [b[item] for item in items]
-    gap = stats.paired_bootstrap(second, first, [item[0] for item in items])
-    graded = any(score not in (0, 1) for score in (*first, *second))
-    p = None if graded else stats.mcnemar(first, second)
-    recipe, evaluator, one, other = names
-    return Comparison(recipe, evaluator, one, other, gap.mean, gap.low, gap.high, p, len(items))
-
-
-def _samples(outcomes: Sequence[Outcome]) -> dict[str, Items]:
-    """Return evaluator -> the scored items of the runs' own regime."""
-    found: dict[str, Items] = {}
-    for one in outcomes:
-        own = next(name for name in one.summary["metrics"] if name != "base")
-        for path in sorted(one.cell.folder.glob("samples/*.jsonl")):
-            for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                if line["regime"] == own and line["score"] is not None:
-                    found.setdefault(path.stem, {})[one.cell.seed, line["client"] or "", line["id"]] = line["score"]
-    return found
-
-
 def _moments(values: Sequence[float]) -> tuple[float | str, float | str]:
     if not values:
         return "", ""
@@ -289,24 +237,29 @@ def _cost(key: str, value: float | None) -> str:
     return f"{value:.3g}" if key == "flops" else f"{value:,.0f}"
 
 
-def _told(one: Comparison) -> list[str]:
-    p = "" if one.p is None else f"{one.p:.3g}"
+def _compared(one: Comparison) -> list[str]:
+    mean, sd = one.spread
+    over = f"{mean:+.4g}" if sd is None else f"{mean:+.4g} ± {sd:.2g}"
+    known = any(at.p is not None for at in one.seeds)
+    p = ", ".join("–" if at.p is None else f"{at.p:.3g}" for at in one.seeds) if known else "–"
     span = f"{one.low:+.4g} to {one.high:+.4g}"
-    return [one.recipe, one.evaluator, one.first, one.second, f"{one.difference:+.4g}", span, p, str(one.items)]
+    count = [str(one.items), str(len(one.seeds))]
+    return [one.where, one.evaluator, one.first, one.second, f"{one.difference:+.4g}", span, over, p, *count]
 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _tex(text: str) -> str:
-    for plain, escaped in (
-        ("\\", r"\textbackslash{}"),
-        ("_", r"\_"),
-        ("%", r"\%"),
-        ("&", r"\&"),
-        ("#", r"\#"),
-        ("±", r"$\pm$"),
-    ):
-        text = text.replace(plain, escaped)
-    return text
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(lines)
+    return out.getvalue()
+
+
+def _tabular(left: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a tabular whose first columns stand as `left` says and the others on the right."""
+    lines = [" & ".join(cell.translate(TEX) for cell in cells) + r" \\" for cells in (heads, *rows)]
+    columns = left + "r" * (len(heads) - len(left))
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body])

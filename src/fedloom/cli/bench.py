@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +49,7 @@ def bench(
     """
     from rich.console import Console
 
-    from fedloom.bench import grid, run_all, tabulate
+    from fedloom.bench import grid, run_all, tabulate, write_page
     from fedloom.console import ConsoleSink
     from fedloom.types import RecipeError
 
@@ -68,17 +68,11 @@ def bench(
 
     outcomes = run_all(cells, set_file or (), lambda cell: ConsoleSink(console, quiet), told)
     found = tabulate(outcomes)
-    written = [*found.write(out), *_page(outcomes, out)]
+    several = {"--vary": vary, "--set-file": set_file, "--import": imports}
+    options = [word for option, values in several.items() for value in values or () for word in (option, value)]
+    command = shlex.join(["fedloom", "bench", *words, *options, "--seeds", seeds, "--out", str(out)])
+    written = [*found.write(out), write_page(found, outcomes, command, out)]
     typer.echo(found.markdown(), nl=False)
     console.print(f"written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     if found.missing:
         raise typer.Exit(INCOMPLETE)
-
-
-def _page(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
-    """Lay the runs of the first seed over each other on one page, where there are several."""
-    from fedloom.report import write_overlay
-
-    done = [one.cell for one in outcomes if one.summary]
-    folders = [cell.folder for cell in done if cell.seed == done[0].seed]
-    return [write_overlay(folders, out / "report.html")[0]] if len(folders) > 1 else []

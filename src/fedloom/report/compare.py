@@ -65,11 +65,14 @@ def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return leaves
 
 
-def unlike(a: Run, b: Run, evaluator: str) -> list[str]:
-    """Return every evaluation setting in which two runs differ, in words; none: their results may be paired."""
-    first, second = settings(a, evaluator), settings(b, evaluator)
-    names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
-    return [f"{name} is {_told(first, name)} in {a.name} and {_told(second, name)} in {b.name}" for name in names]
+def unlike(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> list[str]:
+    """Return every evaluation setting in which two runs differ, in words; none: their results may be paired.
+
+    Args:
+        first, second: of `settings`, for one evaluator.  names: what a person calls the two runs.
+    """
+    odd = [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
+    return [f"{key} is {_told(first, key)} in {names[0]} and {_told(second, key)} in {names[1]}" for key in odd]
 
 
 def items(run: Run, evaluator: str, regime: str) -> dict[str, Item]:

@@ -12,6 +12,7 @@ from fedloom.report import compare, parts, svg
 from fedloom.report.parts import Section, figure, grid, paragraph, table
 from fedloom.report.read import Run
 from fedloom.report.results import dot_of, primary
+from fedloom.report.sides import evaluators, side, why_not
 from fedloom.report.training import against_bytes, chart, cost_row
 
 
@@ -28,7 +29,7 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
 def sections(runs: Mapping[str, Run]) -> tuple[list[Section], list[str]]:
     """Return the page's sections, and why results were not paired."""
     tests, refused = _tests(runs)
-    return [_scores(runs), tests, _curves(runs), _costs(runs), _settings(runs)], refused
+    return [_scores(runs), tests, curves(runs), _costs(runs), settings(runs)], refused
 
 
 def _evaluators(runs: Mapping[str, Run]) -> list[str]:
@@ -61,19 +62,16 @@ def _scores(runs: Mapping[str, Run]) -> Section:
 
 def _tests(runs: Mapping[str, Run]) -> tuple[Section, list[str]]:
     """Compare every run with the first one where both answered the same items under the same settings."""
-    (first, base), *others = runs.items()
+    (first, base), *others = [(name, side(run, run.own)) for name, run in runs.items()]
     rows: list[list[object]] = []
     refused: list[str] = []
-    for evaluator in _evaluators(runs):
+    for evaluator in evaluators(base, *(one for _, one in others)):
         found: list[tuple[str, compare.Paired]] = []
-        for name, run in others:
-            if evaluator not in base.samples and evaluator not in run.samples:
-                continue
-            if why := _why_not(base, run, evaluator):
+        for name, other in others:
+            if why := why_not(base, other, evaluator, (first, name)):
                 refused.append(f"{evaluator}: {name} was not paired with {first}: {why}")
-                continue
-            a, b = (compare.items(one, evaluator, one.own) for one in (base, run))
-            found.append((name, compare.pair(a, b)))
+            else:
+                found.append((name, compare.pair(base.items[evaluator], other.items[evaluator])))
         adjusted = iter(holm([one.p for _, one in found if one.p is not None]))
         rows += [_row(evaluator, name, one, None if one.p is None else next(adjusted)) for name, one in found]
     body = paragraph(
@@ -89,13 +87,6 @@ def _tests(runs: Mapping[str, Run]) -> tuple[Section, list[str]]:
         body += paragraph("These runs keep no samples that could be paired.")
     body += Markup("").join(paragraph(f"Not paired. {one}", "warning") for one in refused)
     return Section("tests", "Differences on the same items", body), refused
-
-
-def _why_not(a: Run, b: Run, evaluator: str) -> str:
-    """Return why the results of two runs cannot be paired, or ""."""
-    if odd := compare.unlike(a, b, evaluator):
-        return "their evaluation settings differ: " + "; ".join(odd)
-    return compare.apart(*(compare.items(one, evaluator, one.own) for one in (a, b)))
 
 
 def _row(evaluator: str, name: str, one: compare.Paired, p: float | None) -> list[object]:
@@ -114,7 +105,8 @@ def _row(evaluator: str, name: str, one: compare.Paired, p: float | None) -> lis
     ]
 
 
-def _curves(runs: Mapping[str, Run]) -> Section:
+def curves(runs: Mapping[str, Run]) -> Section:
+    """Draw the curves of runs (at least one) over each other."""
     figures = [
         chart("Training loss by round", {n: r.rounds.get("train_loss", {}) for n, r in runs.items()}, "nats/token")
     ]
@@ -136,7 +128,7 @@ def _costs(runs: Mapping[str, Run]) -> Section:
     return Section("costs", "What they cost", table(["run", *cost_row(next(iter(runs.values())))], rows))
 
 
-def _settings(runs: Mapping[str, Run]) -> Section:
+def settings(runs: Mapping[str, Run]) -> Section:
     """Tell the keys in which the recipes differ."""
     leaves = {name: compare.flat(run.recipe) for name, run in runs.items()}
     keys = dict.fromkeys(key for one in leaves.values() for key in one)

@@ -39,7 +39,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         about.samples(run),
         about.settings(run),
     ]
-    return _write(out or folder / FILE, run.name, _lead(run), _facts(run), sections)
+    return write_sections(out or folder / FILE, run.name, _lead(run), _facts(run), sections)
 
 
 def write_overlay(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
@@ -54,10 +54,13 @@ def write_overlay(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     runs = overlay.named([read(folder) for folder in folders])
     sections, refused = overlay.sections(runs)
     title = f"{len(runs)} runs: {', '.join(runs)}" if len(runs) <= 4 else f"{len(runs)} runs"
-    return _write(out, title, "Several runs laid over each other.", [], sections), refused
+    return write_sections(out, title, "Several runs laid over each other.", [], sections), refused
 
 
-def _write(out: Path, title: str, lead: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> Path:
+def write_sections(
+    out: Path, title: str, lead: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]
+) -> Path:
+    """Write sections (at least one) as a page under a title, a sentence and short facts; return its path."""
     folder = resources.files("fedloom") / "report"
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))

@@ -185,34 +185,46 @@ def legend(entries: Sequence[tuple[str, int]], *, marks: bool = True) -> Markup:
 
 def dots(title: str, rows: Sequence[Dot], name: str, text: Text) -> Markup:
     """Return one row a value: its estimate, interval and swarm on a common scale named `name`."""
-    height, left = TOP + 30.0 * len(rows), 92.0
-    ends = [v for one in rows for v in (one.value, one.low, one.high, *one.swarm) if v is not None]
+    return grouped_dots(title, [("", rows)], name, text)
+
+
+def grouped_dots(title: str, groups: Sequence[tuple[str, Sequence[Dot]]], name: str, text: Text) -> Markup:
+    """Return rows as `dots` does, in groups: (what stands over its rows, or "", rows); at least one row in all."""
+    left = 92.0
+    lines: list[str | Dot] = [one for head, rows in groups for one in (*([head] if head else ()), *rows)]
+    tall = [22.0 if isinstance(one, str) else 30.0 for one in lines]
+    height = TOP + sum(tall)
+    found = [one for _, rows in groups for one in rows]
+    ends = [v for one in found for v in (one.value, one.low, one.high, *one.swarm) if v is not None]
     x = axis(ends, left, WIDTH - 52, 4)
     parts = []
     for value in x.ticks:
         place = x.at(value)
         parts.append(tag('<line class="grid" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>', place, TOP, height))
         parts.append(tag('<text x="{}" y="{}" class="mid">{}</text>', place, height + 15, text(value)))
-    for i, one in enumerate(rows):
-        y = TOP + 30.0 * i + 15
-        parts.append(tag('<text x="{}" y="{}" class="end">{}</text>', left - 8, y + 4, clip(one.name, 13)))
-        parts += [tag('<circle class="speck t{}" cx="{}" cy="{}" r="2.6"/>', one.tone, x.at(v), y) for v in one.swarm]
-        told = f"{one.name}: {text(one.value)}"
-        if one.low is not None and one.high is not None:
-            told += f", {text(one.low)} to {text(one.high)}"
-            parts.append(
-                tag(
-                    '<line class="span t{0}" x1="{1}" x2="{2}" y1="{3}" y2="{3}"/>',
-                    one.tone,
-                    x.at(one.low),
-                    x.at(one.high),
-                    y,
-                )
-            )
-        parts.append(marker(one.tone, x.at(one.value), y, told))
-        parts.append(tag('<text x="{}" y="{}" class="end strong">{}</text>', WIDTH, y + 4, text(one.value)))
+    y = TOP
+    for one, size in zip(lines, tall, strict=True):
+        if isinstance(one, str):
+            form = '<text x="0" y="{}" class="strong">{}<title>{}</title></text>'
+            parts.append(tag(form, y + 16, clip(one, 52), one))
+        else:
+            parts += _dot(one, x, y + size / 2, text)
+        y += size
     parts.append(tag('<text x="{}" y="{}" class="mid name">{}</text>', (left + WIDTH - 52) / 2, height + 30, name))
     return _svg(title, height + BOTTOM, parts)
+
+
+def _dot(one: Dot, x: Axis, y: float, text: Text) -> list[Markup]:
+    parts = [tag('<text x="{}" y="{}" class="end">{}</text>', x.start - 8, y + 4, clip(one.name, 13))]
+    parts += [tag('<circle class="speck t{}" cx="{}" cy="{}" r="2.6"/>', one.tone, x.at(v), y) for v in one.swarm]
+    told = f"{one.name}: {text(one.value)}"
+    if one.low is not None and one.high is not None:
+        told += f", {text(one.low)} to {text(one.high)}"
+        form = '<line class="span t{0}" x1="{1}" x2="{2}" y1="{3}" y2="{3}"/>'
+        parts.append(tag(form, one.tone, x.at(one.low), x.at(one.high), y))
+    parts.append(marker(one.tone, x.at(one.value), y, told))
+    parts.append(tag('<text x="{}" y="{}" class="end strong">{}</text>', WIDTH, y + 4, text(one.value)))
+    return parts
 
 
 def stacks(
