@@ -155,6 +155,16 @@ def tune() -> bool:
     return bool(_raised)
 
 
+def release() -> None:
+    """Give freed memory back to the system, where the allocator in force is glibc's or tcmalloc; others keep it."""
+    if not _has_glibc():
+        return
+    library = ctypes.CDLL(None)
+    library.malloc_trim(0)
+    if found() == "tcmalloc":
+        library.MallocExtension_ReleaseFreeMemory()
+
+
 def _start_again(asked: str, started: bool) -> None:
     """Replace this process by the same command with a library preloaded; return where that cannot be."""
     choice, words = choose(asked), _command()

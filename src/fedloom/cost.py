@@ -1,4 +1,4 @@
-"""Floating-point operations of training, from the shapes of the model and the lengths of the rows.
+"""What work costs: floating-point operations, from the shapes of the model and the lengths of the rows, and seconds.
 
 Model FLOPs: what the equations need if every row is computed alone, once and without padding. So a number tells of the
 method and the data, not of how they were laid out: recomputed layers, shared beginnings, padding, the optimiser and
@@ -10,6 +10,9 @@ the unpacking of a quantised weight are not in it. A multiplication and an addit
     logits of n labels                as a linear layer on n tokens
 
 A linear layer that is trained itself costs once more backward. Vectors, norms and embeddings cost next to nothing.
+A gradient costs what a step of training does, a score its forward pass, an embedding that without logits. An answer of
+a tokens to a prompt of p is a pass of p tokens and a - 1 of one token each, which attends to all before it; each of the
+a tokens (the end token counts) needs one row of logits.
 
 Nothing flows back below the first adapted layers, so what lies there has a forward pass only, and the first adapted
 layers themselves need no gradient of their input. Virtual tokens (`Attached.virtual`) make every row so much longer:
@@ -18,8 +21,10 @@ for all layers, or, where their keys and values are given, for attention alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -33,6 +38,14 @@ from fedloom.client.attached import Attached
 from fedloom.client.fit import Job
 from fedloom.client.quantize import is_linear, shape
 from fedloom.types import Fit, Tensors
+
+Unit = Literal["flops", "seconds"]
+UNITS: tuple[Unit, ...] = ("flops", "seconds")
+Phase = Literal["fit", "gradient", "score", "embed", "generate"]
+BESIDE: tuple[Phase, ...] = ("gradient", "score", "embed", "generate")
+"""What clients do beside training; metrics.jsonl and summary.json have `<phase>_flops` and `<phase>_seconds` of it."""
+METRICS = ("flops", "fit_seconds", *(f"{phase}_{unit}" for phase in BESIDE for unit in UNITS))
+"""The names of what was spent in metrics.jsonl and summary.json; those of training come first."""
 
 FEED_ATTENTION = (*SHARED_INPUTS[0], "qkv_proj", "c_attn", "query_key_value")
 """Names of the layers that attention stands behind."""
@@ -62,6 +75,37 @@ class Shapes:
     own_head: str = ""
     virtual: int = 0
     embedded: bool = False
+
+
+@dataclass(slots=True)
+class Spent:
+    """What somebody's effects have cost.
+
+    Attributes:
+        flops, seconds: phase -> operations, and time by the clock, of those phases that there were.
+    """
+
+    flops: dict[Phase, float] = field(default_factory=dict)
+    seconds: dict[Phase, float] = field(default_factory=dict)
+
+    def add(self, phase: Phase, flops: float, seconds: float) -> None:
+        """Book one effect."""
+        self.flops[phase] = self.flops.get(phase, 0.0) + flops
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def metrics(self) -> dict[str, float]:
+        """Return it by the names of metrics.jsonl; training is always there, other phases where there were some."""
+        found = {"flops": self.flops.get("fit", 0.0), "fit_seconds": self.seconds.get("fit", 0.0)}
+        for phase in BESIDE:
+            if phase in self.flops:
+                found |= {f"{phase}_flops": self.flops[phase], f"{phase}_seconds": self.seconds[phase]}
+        return found
+
+
+def beside(known: Mapping[str, Any], unit: Unit) -> float | None:
+    """Return what all of `BESIDE` cost by a summary.json, or None where it does not tell."""
+    names = [f"{phase}_{unit}" for phase in BESIDE]
+    return float(sum(known[name] for name in names)) if all(name in known for name in names) else None
 
 
 def shapes_of(model: PreTrainedModel, attached: Attached) -> Shapes:
@@ -111,17 +155,80 @@ def of_rows(shapes: Shapes, effect: Fit, lengths: Sequence[int], labels: Sequenc
         effect: what was fitted, and how.
         lengths, labels: tokens and labels of every row that was trained on, again each time it was.
     """
-    low, back = _low_rank(shapes.edge, effect.start, effect.trainable)
+    _, back = _low_rank(shapes.edge, effect.start, effect.trainable)
     moves = effect.trainable or (lambda name: True)
     back += sum(size for name, size in shapes.own.items() if moves(name))
-    more, read = shapes.virtual, shapes.virtual if shapes.embedded else 0
-    tokens, squares = sum(n + read for n in lengths), sum(n * (n + more) + read * more for n in lengths)
+    tokens, squares = _sizes(shapes, lengths)
     logits = 2.0 * sum(labels) * shapes.head
-    forward = 2.0 * tokens * (shapes.forward + low) + 4.0 * squares * shapes.attention + logits
+    forward = of_pass(shapes, effect.start, lengths, labels)
     if effect.order == "zeroth":
         return 2 * forward
     own_head = logits if shapes.own_head and moves(shapes.own_head) else 0.0
     return forward + 2.0 * tokens * (shapes.through + back) + 8.0 * squares * shapes.back + logits + own_head
+
+
+def of_pass(shapes: Shapes, params: Tensors | None, lengths: Sequence[int], labels: Sequence[int] = ()) -> float:
+    """Return the operations of reading some rows without gradients.
+
+    Args:
+        shapes: of the model.  params: the adapter; None: the base alone.
+        lengths: tokens of every row.  labels: positions of every row whose logits are needed.
+    """
+    plain = shapes if params is not None else replace(shapes, virtual=0)
+    tokens, squares = _sizes(plain, lengths)
+    return _forward(plain, params, tokens, squares, sum(labels))
+
+
+def of_answers(shapes: Shapes, params: Tensors | None, answers: Iterable[tuple[int, int]]) -> float:
+    """Return the operations of answering prompts.
+
+    Args:
+        shapes, params: as for `of_pass`.  answers: tokens of each prompt, and how many were chosen behind it.
+    """
+    made = [(prompt, chosen) for prompt, chosen in answers if chosen]
+    more = shapes.virtual if params is not None else 0
+    # the token after k others in the answer sees the prompt, these and itself
+    squares = sum((a - 1) * (p + more) + a * (a - 1) // 2 for p, a in made)
+    begun = of_pass(shapes, params, [p for p, _ in made], [1] * len(made))
+    further = sum(a - 1 for _, a in made)
+    return begun + _forward(shapes, params, further, squares, further)
+
+
+@contextmanager
+def counting(
+    model: PreTrainedModel, shapes: Shapes, params: Tensors | None, tell: Callable[[float], None]
+) -> Iterator[None]:
+    """Tell the operations of every forward pass within the context, for work whose rows are not known: as it is laid
+    out, so with padding, and with logits for as many positions as the pass returns.
+
+    Args:
+        model, shapes, params: as for `of_pass`.  tell: receives the operations of a pass.
+    """
+    more = shapes.virtual if params is not None else 0
+
+    def told(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        (rows, tokens), cache = ids.shape, output.get("past_key_values")
+        seen = max(tokens, cache.get_seq_length()) if cache is not None else tokens
+        labels = rows * output.logits.shape[1]
+        tell(_forward(shapes, params, rows * tokens, rows * tokens * (seen + more), labels))
+
+    hook = model.register_forward_hook(told, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _sizes(shapes: Shapes, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return how many tokens rows have in the layers, and how many pairs of tokens in attention."""
+    more, read = shapes.virtual, shapes.virtual if shapes.embedded else 0
+    return sum(n + read for n in lengths), sum(n * (n + more) + read * more for n in lengths)
+
+
+def _forward(shapes: Shapes, params: Tensors | None, tokens: int, squares: int, labels: int) -> float:
+    low = _low_rank(shapes.edge, params, None)[0] if params is not None else 0
+    return 2.0 * tokens * (shapes.forward + low) + 4.0 * squares * shapes.attention + 2.0 * labels * shapes.head
 
 
 def _low_rank(edge: frozenset[str], start: Tensors, moves: Callable[[str], bool] | None) -> tuple[int, int]:

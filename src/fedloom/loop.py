@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedloom.algorithms.local import Local
 from fedloom.checkpoint import Checkpoints
 from fedloom.client.adapters import Lora
 from fedloom.data.federation import split_table
-from fedloom.outcome import read_summary, summarize, write_summary
+from fedloom.outcome import read_summary, reset_peaks, summarize, write_summary
 from fedloom.plan import make_plan
 from fedloom.recipe import RESUMABLE, Recipe
 from fedloom.report import write_report
@@ -176,7 +176,8 @@ def _story(recipe: Recipe, folder: Path, sink: Sink | None) -> Result:
             _discard_another(place, other)
             write_atomic(place / "recipe.yaml", other.to_yaml().encode())
             write_atomic(place / "split.json", table.encode())
-            its_world, its_state = _regime(other, place, assets, sinks, world.totals.results["base"])
+            anew = replace(assets, fresh=reset_peaks())
+            its_world, its_state = _regime(other, place, anew, sinks, world.totals.results["base"])
             others[name] = summarize(its_world, its_state, {})
             write_summary(place, others[name])
         summary = summarize(world, state, others)

@@ -20,9 +20,10 @@ import numpy as np
 import psutil
 import torch
 
-from fedloom import baselog, factors
+from fedloom import allocator, baselog, factors
 from fedloom.checkpoint import MemoryStore
 from fedloom.client.identity import stamp
+from fedloom.cost import METRICS
 from fedloom.evaluate.base import Sample
 from fedloom.evaluate.stats import worst_share
 from fedloom.factors import Scale
@@ -42,6 +43,9 @@ class Totals:
     """The books of one regime, saved with every checkpoint.
 
     Attributes:
+        beside: `<phase>_flops` and `<phase>_seconds` of what clients did beside training, see `cost`.
+        peak_rss_bytes, peak_device_bytes: largest memory of the main process, earlier parts of a resumed run included.
+        peak_of_process: these may be from before the regime, as they could not be begun anew with it.
         best: the judging evaluator's best value so far, turned so that higher is better; best_round: its round.
         stale: evaluations since then.
         finished: clients have done what they do after the last round.
@@ -62,6 +66,11 @@ class Totals:
     setup_seconds: float = 0.0
     wall_seconds: float = 0.0
     flops: float = 0.0
+    beside: dict[str, float] = field(default_factory=dict)
+    evaluate_flops: float = 0.0
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    peak_of_process: bool = False
     energy_joules: float | None = None
     loss_first: float = math.nan
     loss_last: float = math.nan
@@ -91,6 +100,29 @@ class Totals:
         self.fit_seconds += report.fit_seconds
         self.round_seconds += report.seconds
         self.flops += report.flops
+        self._add(report.beside)
+
+    def enrol(self, metrics: Mapping[str, float]) -> None:
+        """Book what it cost that clients told the server something before round 0: see `Engine.admit`."""
+        beside = dict(metrics)
+        self.bytes_up += int(beside.pop("bytes_up", 0))
+        self.flops += beside.pop("flops", 0.0)
+        self.fit_seconds += beside.pop("fit_seconds", 0.0)
+        self._add(beside)
+
+    def _add(self, beside: Mapping[str, float]) -> None:
+        self.beside = {name: self.beside.get(name, 0.0) + beside.get(name, 0.0) for name in {**self.beside, **beside}}
+
+    def look(self, fresh: bool) -> None:
+        """Note how much memory was used.
+
+        Args:
+            fresh: the peaks that the system tells began with the regime.
+        """
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss())
+        if torch.cuda.is_initialized():
+            self.peak_device_bytes = max(self.peak_device_bytes, torch.cuda.max_memory_allocated())
+        self.peak_of_process |= not fresh
 
     def dump(self) -> dict[str, Any]:
         """Return the books as JSON values."""
@@ -119,6 +151,7 @@ def of_round(report: RoundReport) -> dict[str, float]:
         "tokens_per_second": report.tokens / report.fit_seconds if report.fit_seconds else 0.0,
         "clients": len(report.clients),
         "flops": report.flops,
+        **report.beside,
         **({} if report.aggregation_error is None else {"aggregation_error": report.aggregation_error}),
     }
 
@@ -242,9 +275,12 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
         "fit_seconds": totals.fit_seconds,
         "evaluate_seconds": totals.evaluate_seconds,
         "flops": totals.flops,
+        **{name: totals.beside.get(name, 0.0) for name in METRICS[2:]},
+        "evaluate_flops": totals.evaluate_flops,
         "energy_joules": totals.energy_joules,
-        "peak_rss_bytes": peak_rss(),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
+        "peak_rss_bytes": totals.peak_rss_bytes,
+        "peak_device_bytes": totals.peak_device_bytes,
+        "peak_of": "process" if totals.peak_of_process else "regime",
         "trainable_parameters": world.parameters(),
         "base_parameters": world.assets.loaded.parameters,
         "source": world.assets.federation.source,
@@ -292,7 +328,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def peak_rss() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
+    """Return the largest resident memory of this process since `reset_peaks`, else since it began, in bytes."""
     status = Path("/proc/self/status")  # Linux lets ru_maxrss begin at the size of the program that started this one
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     if found:
@@ -306,6 +342,21 @@ def finite(
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return regime -> evaluator -> metrics as JSON values: it has no NaN, so a metric that does not exist is null."""
     return {r: {e: {k: _finite(v) for k, v in m.items()} for e, m in found.items()} for r, found in metrics.items()}
+
+
+def reset_peaks() -> bool:
+    """Let the peaks of this process's memory begin anew at what it holds now; return whether the system lets them.
+
+    Memory that was freed goes back to the system first, so that what earlier work left in the allocator is not in them.
+    """
+    allocator.release()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # another system than Linux, or one that forbids it
+        return False
+    return True
 
 
 def _finite(value: float) -> float | None:

@@ -21,6 +21,7 @@ from fedloom.world import World
 ROUNDS_LOOKED_AT = 3
 PROBE_TOKENS = 512
 NAMES_TOLD = 8
+LAST = "every client works on by itself after the last round, which is not in the figures below"
 PROBED = 3
 """Copies of a client's tensors that the timed pass has made: what is sent, values, gradients; moments were not."""
 
@@ -58,6 +59,7 @@ def make_plan(world: World, start: int) -> Plan:
             f"{len(world.clients):,} ({len(cohort):,} a round), {min(owned):,} to {max(owned):,} training rows each",
         ),
         ("algorithm", f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {steps} steps a client a round"),
+        *([("afterwards", LAST)] if recipe.algorithm.finishes else []),
         *[("attackers", _attackers(attack)) for attack in world.engine.stage.attacks],
         ("tokens", f"about {tokens * rounds:,} to train on ({tokens:,} a round)"),
         ("messages", f"{human_bytes(down)} down and about as much up a round"),

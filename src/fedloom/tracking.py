@@ -46,7 +46,8 @@ class RoundReport:
         tokens: trained tokens.  examples: trained rows.  bytes_down, bytes_up: as encoded.
         seconds: of the round.  fit_seconds: of these, spent in local training.
         aggregation_error: see `runtime.aggregation`; None: the method has no product to compare.
-        flops: operations of all local training, see `cost`.
+        flops: operations of all training, see `cost`.
+        beside: `<phase>_flops` and `<phase>_seconds` of what else clients did, where they did.
     """
 
     round: int
@@ -62,6 +63,7 @@ class RoundReport:
     fit_seconds: float
     aggregation_error: float | None = None
     flops: float = 0.0
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

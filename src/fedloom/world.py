@@ -36,7 +36,7 @@ from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
 from fedloom.evaluate.view import ADAPTED, RegimeView, interval, spread
 from fedloom.home import home
-from fedloom.outcome import Totals, export, of_round, write_samples
+from fedloom.outcome import Totals, export, of_round, reset_peaks, write_samples
 from fedloom.recipe import Recipe
 from fedloom.runtime.engine import NOBODY, Engine, Stage
 from fedloom.tracking import Evaluated, MetricsFile, Phase, RoundReport, Sink, Step, Warned
@@ -49,6 +49,7 @@ class Assets:
 
     Attributes:
         initial: the adapter that everybody starts from.  seconds: it took to build all this.
+        fresh: the peaks of memory began anew with it, or later: see `outcome.reset_peaks`.
     """
 
     loaded: Loaded
@@ -56,6 +57,7 @@ class Assets:
     federation: Federation
     initial: Mapping[str, Tensor]
     seconds: float
+    fresh: bool = False
 
 
 def prepare(recipe: Recipe, sink: Sink) -> Assets:
@@ -68,7 +70,7 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
     Raises:
         DataError, ModelError, RecipeError: something cannot be found, read or fitted together.
     """
-    began = time.perf_counter()
+    began, fresh = time.perf_counter(), reset_peaks()
     torch.set_num_threads(recipe.runtime.threads)
     sink.on(Phase("loading the model"))
     loaded = load_model(recipe.model, lambda text: sink.on(Phase(text)))
@@ -93,7 +95,7 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
         check_fit(initial, attached.shapes())
         initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
     sink.on(Phase(""))
-    return Assets(loaded, attached, split, initial, time.perf_counter() - began)
+    return Assets(loaded, attached, split, initial, time.perf_counter() - began, fresh)
 
 
 def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink) -> tuple[Stage, list[str]]:
@@ -217,10 +219,10 @@ class World:
         stamp(self.folder, self.assets.loaded.base)
         state = self.recipe.algorithm.init(self.assets.initial)
         self.totals.results["base"] = self.measure(state, "base") if base is None else dict(base)
-        state, sent = self.engine.admit(state, self.clients)
-        if sent:
-            self.totals.bytes_up += sent
-            self.metrics.add(0, None, {"bytes_up": sent})
+        state, told = self.engine.admit(state, self.clients)
+        for client, metrics in told.items():
+            self.metrics.add(0, client, metrics)
+        self.totals.enrol(told.get(None, {}))
         self._save(state)
         return state
 
@@ -347,6 +349,8 @@ class World:
         if found.metrics:
             self.sink.on(Evaluated(regime, state.round, name, found.metrics, split == "test"))
         self.totals.evaluate_seconds += time.perf_counter() - began
+        # between rounds nobody but the evaluator has asked for anything
+        self.totals.evaluate_flops += sum(sum(one.flops.values()) for one in self.engine.hands.all_taken().values())
         return found
 
     def _judge(self, state: ServerState, evaluator: Evaluator, found: Evaluation) -> bool:
@@ -378,6 +382,7 @@ class World:
         now = time.perf_counter()
         self.totals.wall_seconds += now - self._clock
         self._clock = now
+        self.totals.look(self.assets.fresh)
         if (joules := self._meter.joules()) is not None:
             self.totals.energy_joules = (self.totals.energy_joules or 0.0) + joules
 

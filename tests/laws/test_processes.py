@@ -34,7 +34,7 @@ from fedloom.world import World, prepare
 assert unfit  # registers its part
 SGD = {"optimizer": "sgd", "clip_norm": None}
 FIVE = {"data": {"clients": 5, "partition": "iid"}}
-TIMES = {"seconds", "fit_seconds", "tokens_per_second"}
+TIMES = {"seconds", "fit_seconds", "score_seconds", "tokens_per_second"}
 
 
 def _runtime(**more: Any) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def _figures(folder: Path) -> list[tuple[int, str | None, str, float]]:
         (2, {"algorithm": "scaffold", "trainer": SGD, "adapter": {"dropout": 0.1}, "model": {"dtype": "bf16"}}),
         # merges into the base reach the workers, also as a dense entry; clients have ranks of their own
         (2, {"algorithm": "flora", "adapter": {"r": 4, "ranks": [2, 4]}, "sampler": {"count": 4}}),
+        # what clients do beside training is in what workers tell, and counts once where they do it at the same time
+        (1, {"algorithm": {"name": "qfedavg", "lipschitz": 1}}),
     ],
 )
 def test_local_equals_processes(tiny_folder: Path, tmp_path: Path, cohort: int, changes: dict[str, Any]) -> None:
@@ -110,6 +112,7 @@ def test_local_equals_processes(tiny_folder: Path, tmp_path: Path, cohort: int, 
     cohort_size = changes.get("sampler", {}).get("count", 5)
     assert len(watch.of(Step)) == regimes * 3 * cohort_size * 2  # every step of every client in every round
     assert 0 < both.summary["fit_seconds"] <= both.summary["round_seconds"]
+    assert both.summary["score_seconds"] + both.summary["fit_seconds"] <= both.summary["round_seconds"]
     assert not _workers()
 
 
@@ -348,14 +351,15 @@ def test_frames_keep_every_bit() -> None:
     kept, sent = first.memory["control"], memory["control"]
     assert kept.tensors["a"].view(torch.int32).tolist() == sent.tensors["a"].view(torch.int32).tolist()
     assert (kept.scalars, kept.texts) == (sent.scalars, sent.texts)
-    metrics = {"loss": float("inf"), "examples": 4, "lr": 1e-3}
-    told = [Reply("a", 1 / 3, b"x", metrics, None, 5, 0.5), Reply("b", 2.0, b"", metrics, {}, 0, 1.5)]
-    frame = pipes.unpack(pipes.pack(pipes.done(3, 2.0, told)))
+    metrics = {"loss": float("inf"), "examples": 4, "lr": 1e-3, "fit_seconds": 0.75, "score_seconds": 0.25}
+    told = [Reply("a", 1 / 3, b"x", metrics, None, 5), Reply("b", 2.0, b"", metrics, {}, 0)]
+    frame = pipes.unpack(pipes.pack(pipes.done(3, told)))
+    assert pipes.seconds(frame) == 2.0
     assert [(r.client, r.weight, r.message, r.metrics, r.memory, r.bytes_down) for r in pipes.replies(frame, 1.0)] == [
         ("a", 1 / 3, b"x", metrics, None, 5),
         ("b", 2.0, b"", metrics, {}, 0),
     ]
-    assert [r.fit_seconds for r in pipes.replies(frame, 1.0)] == [0.5, 0.5]
+    assert [r.share for r in pipes.replies(frame, 0.5)] == [0.5, 0.5]
 
 
 def test_early_replies_wait_on_the_disk(tmp_path: Path) -> None:
@@ -366,8 +370,8 @@ def test_early_replies_wait_on_the_disk(tmp_path: Path) -> None:
             spill.put(i, frames[i], float(i), now=i == 0)
         assert spill.file.seek(0, os.SEEK_END) > 3000
         for i in range(4):
-            frame, seconds = spill.pop(i)
-            assert (frame, seconds) == (frames[i], float(i))
+            frame, share = spill.pop(i)
+            assert (frame, share) == (frames[i], float(i))
         assert spill.file.seek(0, os.SEEK_END) == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -32,9 +32,15 @@ class Counter(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func._overloadpacket not in FORMULAS and func is not torch.ops.prim.device.default:
+            with self:  # in inference mode torch does not take composed operators apart by itself
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
         if (formula := FORMULAS.get(func._overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+            self.total += formula(*args, **kwargs, out_val=out)
         return out
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedloom.bench.comparisons import Comparison, comparisons
 from fedloom.bench.grid import Outcome
+from fedloom.cost import UNITS, beside
 from fedloom.evaluate.view import ADAPTED
 from fedloom.results import REGIMES, measures
 from fedloom.units import human_bytes
@@ -39,7 +40,11 @@ COSTS = {
     "seconds": "seconds of training",
     "memory": "peak memory",
     "flops": "FLOPs of training",
+    "beside_flops": "FLOPs beside training",
+    "beside_seconds": "seconds beside training",
 }
+"""What a regime's own training took. Beside training: gradients, scores, embeddings and generated texts that the method
+asked for. Evaluation is in none of them."""
 TEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -195,16 +200,17 @@ def _row(recipe: str, label: str, regime: str, found: Sequence[Outcome]) -> Row:
                     if value is not None and (name == measure.metric or measure == measures(evaluator, metrics)[0]):
                         scores.setdefault(f"{evaluator} {name}", []).append(value)
     told = [cost for one in found if (cost := _costs_of(one, regime))]
-    costs = {key: statistics.fmean(one[key] for one in told) for key in (told[0] if told else ())}
+    known = [key for key in COSTS if told and all(key in one for one in told)]
+    costs = {key: statistics.fmean(one[key] for one in told) for key in known}
     return Row(recipe, label, regime, len(found), scores, costs)
 
 
 def _costs_of(outcome: Outcome, regime: str) -> dict[str, float]:
     """Return the costs of a regime's own training; the base has none."""
     summary = outcome.summary
-    beside = outcome.cell.folder / "regimes" / regime / "summary.json"
-    if beside.is_file():
-        summary = json.loads(beside.read_text(encoding="utf-8"))
+    own = outcome.cell.folder / "regimes" / regime / "summary.json"
+    if own.is_file():
+        summary = json.loads(own.read_text(encoding="utf-8"))
     elif regime in ("base", "unseen") or regime.endswith(ADAPTED):
         return {}
     found = {
@@ -213,7 +219,8 @@ def _costs_of(outcome: Outcome, regime: str) -> dict[str, float]:
         "seconds": summary["fit_seconds"],
         "memory": summary["peak_rss_bytes"],
     }
-    return {**found, **({"flops": summary["flops"]} if summary.get("flops") is not None else {})}
+    later = {"flops": summary.get("flops"), **{f"beside_{unit}": beside(summary, unit) for unit in UNITS}}
+    return {**found, **{key: value for key, value in later.items() if value is not None}}
 
 
 def _moments(values: Sequence[float]) -> tuple[float | str, float | str]:
@@ -234,7 +241,7 @@ def _cost(key: str, value: float | None) -> str:
         return ""
     if key in ("bytes", "memory"):
         return human_bytes(int(value))
-    return f"{value:.3g}" if key == "flops" else f"{value:,.0f}"
+    return f"{value:.3g}" if key.endswith("flops") else f"{value:,.0f}"
 
 
 def _compared(one: Comparison) -> list[str]:

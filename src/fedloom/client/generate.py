@@ -56,6 +56,19 @@ class Decoding:
 GREEDY = Decoding()
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and what it took.
+
+    Attributes:
+        text: without special tokens.  prompt: tokens of the prompt.  chosen: tokens chosen, an end token included.
+    """
+
+    text: str
+    prompt: int
+    chosen: int
+
+
 def greedy(  # noqa: PLR0913 - what to answer with, what to answer, when to stop, how fast, and who watches
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,6 +106,18 @@ def answers(
     Raises:
         DataError: a prompt has no tokens.
     """
+    return [one.text for one in answered(model, tokenizer, prompts, max_new_tokens, decoding, progress)]
+
+
+def answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    decoding: Decoding = GREEDY,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Return what `answers` does, with the tokens that each answer took."""
     ids = tokenised(tokenizer, prompts)
     desk = _Desk(model, ids, _Ending(tokenizer, _end_tokens(model, tokenizer), decoding.stop), decoding, max_new_tokens)
     done = 0
@@ -101,7 +126,8 @@ def answers(
             if progress and desk.ended > done:
                 progress(desk.ended)
             done = desk.ended
-    return [cut(tokenizer.decode(tokens, skip_special_tokens=True), decoding.stop) for tokens in desk.answers]
+    texts = [cut(tokenizer.decode(tokens, skip_special_tokens=True), decoding.stop) for tokens in desk.answers]
+    return [Answer(text, len(row), chosen) for text, row, chosen in zip(texts, ids, desk.chosen, strict=True)]
 
 
 def sample(  # noqa: PLR0913, PLR0917 - the knobs of a chat
@@ -167,6 +193,7 @@ class _Desk:
     ) -> None:
         self.model, self.ids, self.ending, self.decoding, self.longest = model, ids, ending, decoding, max_new_tokens
         self.answers: list[list[int]] = [[] for _ in ids]
+        self.chosen = [0] * len(ids)
         self.ended = 0
         drawn = range(len(ids)) if decoding.temperature else ()
         self.streams = [seeds.generator(decoding.seed, None, None, f"answer:{i}") for i in drawn]
@@ -180,6 +207,7 @@ class _Desk:
         chosen = self._choose(batch.logits(self.model)[:, -1], live)
         going = []
         for place, (i, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
+            self.chosen[i] += 1
             if token not in self.ending.ends:
                 self.answers[i].append(token)
                 if len(self.answers[i]) < self.longest and not self.ending.at(self.answers[i]):

@@ -7,7 +7,7 @@ context whose continuations are one token each is read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -31,11 +31,13 @@ class Likelihood:
     Attributes:
         logprob: natural logarithm of its probability, summed over its tokens.  tokens: how many these are.
         greedy: whether each of them was the most likely one.
+        read: tokens that the model read for it; 0: what it read for a pair before told this one too.
     """
 
     logprob: float
     tokens: int
     greedy: bool
+    read: int = field(default=0, compare=False)
 
 
 def likelihoods(
@@ -67,6 +69,8 @@ def likelihoods(
             for row, likely in zip(rows, _read(model, rows, needed, common), strict=True):
                 for i, one in zip(asked[row], likely, strict=True):
                     found[i] = one
+                first = asked[row][0]
+                found[first] = replace(likely[0], read=len(row))
     return [one for one in found if one is not None]
 
 

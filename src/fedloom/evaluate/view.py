@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedloom import cost
 from fedloom.algorithms.base import Client, Suited
-from fedloom.client.generate import GREEDY, Decoding, answers
+from fedloom.client.generate import GREEDY, Decoding, answered
 from fedloom.client.likelihood import Likelihood, likelihoods
+from fedloom.cost import Phase, Shapes
 from fedloom.data.federation import Federation
 from fedloom.data.rows import Turn
 from fedloom.data.templates import bos, with_system
@@ -23,6 +25,7 @@ from fedloom.evaluate import scored
 from fedloom.evaluate.base import Evaluation, Evaluator, Own, Using
 from fedloom.evaluate.stats import client_bootstrap, worst_share
 from fedloom.recipe import Recipe
+from fedloom.runtime.effects import SERVER
 from fedloom.runtime.engine import Engine
 from fedloom.types import Bundle, Message, Pair, ServerState, Split, Steps, Tensors
 
@@ -122,7 +125,9 @@ class RegimeView:
 
         def some(adapter: Tensors | None, numbers: list[int]) -> list[str]:
             with self._loaded(adapter) as (model, tokenizer):
-                return answers(model, tokenizer, [prompts[i] for i in numbers], max_new_tokens, decoding)
+                made = answered(model, tokenizer, [prompts[i] for i in numbers], max_new_tokens, decoding)
+            self._book("generate", cost.of_answers(self._shapes, adapter, [(one.prompt, one.chosen) for one in made]))
+            return [one.text for one in made]
 
         return self._by_prompt(params, prompts, some)
 
@@ -131,7 +136,11 @@ class RegimeView:
 
         def some(adapter: Tensors | None, numbers: list[int]) -> list[Likelihood]:
             with self._loaded(adapter) as (model, tokenizer):
-                return likelihoods(model, tokenizer, [pairs[i] for i in numbers])
+                found = likelihoods(model, tokenizer, [pairs[i] for i in numbers])
+            read = [one for one in found if one.read]
+            lengths, labels = [one.read for one in read], [one.tokens for one in read]
+            self._book("score", cost.of_pass(self._shapes, adapter, lengths, labels))
+            return found
 
         return self._by_prompt(params, [context for context, _ in pairs], some)
 
@@ -141,8 +150,17 @@ class RegimeView:
         if isinstance(params, Own):
             find = self._adapted if self._adapting else self.recipe.algorithm.own
             params = self.engine.at_client(self.state, params.client, find)
-        with self._loaded(params) as lent:
+        count = cost.counting(self.engine.stage.bench.model, self._shapes, params, partial(self._book, "score"))
+        with self._loaded(params) as lent, count:
             yield lent
+
+    @property
+    def _shapes(self) -> Shapes:
+        return self.engine.hands.shapes
+
+    def _book(self, phase: Phase, flops: float) -> None:
+        """Book what an evaluator's own work takes; the time of all of it is told as that of evaluation."""
+        self.engine.hands.spent[SERVER].add(phase, flops, 0.0)
 
     @contextmanager
     def _loaded(self, params: Tensors | None) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedloom import __version__
-from fedloom.cost import human_flops
+from fedloom.cost import beside, human_flops
 from fedloom.report import about, clients, overlay, results, training
 from fedloom.report.parts import Section
 from fedloom.report.read import Run, read
@@ -93,13 +93,15 @@ def _lead(run: Run) -> str:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    known = run.summary
+    known = {**run.summary, "beside": beside(run.summary, "flops")}
     facts = [("rounds", f"{run.done} of {run.recipe.get('rounds', run.done)}")]
     for key, name, text in (
         ("trained_tokens", "trained tokens", lambda v: f"{v:,}"),
         ("bytes_down", "bytes down", human_bytes),
         ("bytes_up", "bytes up", human_bytes),
         ("flops", "FLOPs of training", human_flops),
+        ("beside", "FLOPs beside training", human_flops),
+        ("evaluate_flops", "FLOPs of evaluation", human_flops),
         ("wall_seconds", "time", human_seconds),
         ("peak_rss_bytes", "peak memory", human_bytes),
     ):

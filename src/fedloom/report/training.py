@@ -9,15 +9,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedloom.cost import human_flops
+from fedloom.cost import beside, human_flops
 from fedloom.report import parts, svg
 from fedloom.report.parts import Section, figure, grid, paragraph, table
 from fedloom.report.read import Curve, Run
 from fedloom.report.results import BANDS, Band, band, primary
 from fedloom.units import human_bytes, human_seconds
 
-PHASES = ("set-up", "training", "between", "evaluation", "other")
-PHASE_TONES = (4, 0, 3, 1, 5)
+PHASES = ("set-up", "training", "beside training", "between", "evaluation", "other")
+PHASE_TONES = (4, 0, 2, 3, 1, 5)
+PROCESS_PEAK = ", or, where the system does not tell that apart, from the start of the process on"
 
 
 def course(run: Run) -> Section:
@@ -128,8 +129,10 @@ def costs(run: Run) -> Section:
         body += table(["regime", *cost_row(run)], rows, "What each regime cost")
     note = (
         "Bytes are of encoded messages, all clients together. FLOPs are those of the equations, without padding or "
-        "recomputation. Peak memory is of the whole process, so later regimes hold the earlier ones'. A dash: not "
-        "known (energy: this machine reports none)."
+        "recomputation; those beside training are of gradients, scores, embeddings and generated texts that the method "
+        "asked for. Peak memory is of the main process from the regime's start on"
+        + ("" if all(one.summary.get("peak_of") == "regime" for one in regimes.values()) else PROCESS_PEAK)
+        + ". A dash: not known (energy: this machine reports none)."
     )
     return Section("costs", "What it cost", body + paragraph(note, "note"))
 
@@ -151,7 +154,9 @@ def cost_row(run: Run) -> dict[str, str | None]:
         "bytes down": told(of("bytes_down", "bytes_down"), human_bytes),
         "bytes up": told(of("bytes_up", "bytes_up"), human_bytes),
         "trained tokens": told(of("trained_tokens", "tokens"), lambda v: f"{v:,.0f}"),
-        "FLOPs": told(of("flops", "flops"), human_flops),
+        "FLOPs of training": told(of("flops", "flops"), human_flops),
+        "beside training": told(beside(known, "flops"), human_flops),
+        "of evaluation": told(known.get("evaluate_flops"), human_flops),
         "tokens/s": told(known.get("tokens_per_second"), lambda v: f"{v:,.0f}"),
         "time": told(known.get("wall_seconds"), human_seconds),
         "peak memory": told(known.get("peak_rss_bytes"), human_bytes),
@@ -166,9 +171,10 @@ def phases(run: Run) -> list[float]:
     known = run.summary
     rounds = known.get("round_seconds", sum(run.rounds.get("seconds", {}).values()))
     training = min(rounds, known.get("fit_seconds", sum(run.rounds.get("fit_seconds", {}).values())))
+    more = min(rounds - training, beside(known, "seconds") or 0.0)
     setup, evaluation = known.get("setup_seconds", 0.0), known.get("evaluate_seconds", 0.0)
     rest = known.get("wall_seconds", 0.0) - setup - rounds - evaluation
-    return [setup, training, rounds - training, evaluation, max(0.0, rest)]
+    return [setup, training, more, rounds - training - more, evaluation, max(0.0, rest)]
 
 
 def _phases(regimes: Mapping[str, Run]) -> Markup | None:
@@ -182,7 +188,10 @@ def _phases(regimes: Mapping[str, Run]) -> Markup | None:
     drawing = svg.stacks("Time by phase", scaled, legend, lambda v: f"{v:.3g} {unit}")
     drawing += svg.legend(legend, marks=False)
     behind = table(["regime", *PHASES], [[name, *(f"{v:.1f} s" for v in values)] for name, values in rows])
-    note = "Between: messages, aggregation, the server's step. Other: checkpoints and files. Set-up is shared."
+    note = (
+        "Beside training: what else clients compute. Between: messages, aggregation, the server's step. Other: "
+        "checkpoints and files. Set-up is shared."
+    )
     return figure("Time by phase", drawing, behind, note)
 
 

@@ -19,6 +19,7 @@ from fedloom.algorithms.base import Algorithm, Client, Server
 from fedloom.attacks import Attack, Scene
 from fedloom.checkpoint import FINISHED, MemoryStore
 from fedloom.client.trainer import Bench, step_rows
+from fedloom.cost import METRICS
 from fedloom.data.encode import Encoded
 from fedloom.data.splits import ClientData
 from fedloom.data.texts import TextDesk
@@ -107,7 +108,7 @@ class Reply:
 
     Attributes:
         message: the encoded update (empty: nothing is sent).  weight, metrics: of the update.
-        fit_seconds: this client's share of the time spent in `Fit` effects.
+        share: the part of its seconds that counts in the round's: below 1 where others worked at the same time.
     """
 
     client: str
@@ -116,7 +117,7 @@ class Reply:
     metrics: Mapping[str, float]
     memory: Memory | None
     bytes_down: int
-    fit_seconds: float
+    share: float = 1.0
 
 
 class Crew(Protocol):
@@ -141,11 +142,11 @@ class Crew(Protocol):
 
 @dataclass(slots=True)
 class _Tally:
-    """What one round has cost so far."""
+    """What one round has cost so far; `spent`: all clients together, see `cost.Spent.metrics`."""
 
     bytes_down: int = 0
     bytes_up: int = 0
-    fit_seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
 
@@ -191,16 +192,28 @@ class Engine:
             after = replace(after, seen={**state.seen, **dict.fromkeys(kept, state.round)})
         return after, self._report(after, tally, error.against(after), time.perf_counter() - began)
 
-    def admit(self, state: ServerState, clients: Sequence[str]) -> tuple[ServerState, int]:
-        """Let every client have a word with the server before round 0; return the state after, and the bytes sent."""
-        algorithm, told, sent = self.stage.algorithm, dict[str, Message](), 0
+    def admit(
+        self, state: ServerState, clients: Sequence[str]
+    ) -> tuple[ServerState, Mapping[str | None, Mapping[str, float]]]:
+        """Let every client have a word with the server before round 0, where the algorithm wants that.
+
+        Returns:
+            The state after, and client -> its bytes and costs; None: of all, what the server did included.
+        """
+        algorithm, told, costs = self.stage.algorithm, dict[str, Message](), dict[str | None, dict[str, float]]()
         if not algorithm.enrols:
-            return state, 0
+            return state, {}
         self.at(state)
+        total: dict[str, float] = {"bytes_up": 0}
         for name in clients:
             word = _sealed(self.drive(algorithm.enrol(self.client(name, 0)), name, 0))
-            told[name], sent = _opened(word), sent + len(word)
-        return self.drive(algorithm.admit(self.stage.server, state, told), None, 0), sent
+            told[name] = _opened(word)
+            costs[name] = {"bytes_up": len(word), **self.hands.taken(name).metrics()}
+            total["bytes_up"] += len(word)
+            _count(total, costs[name], 1.0)
+        state = self.drive(algorithm.admit(self.stage.server, state, told), None, 0)
+        _count(total, self.hands.taken(None).metrics(), 0.0)
+        return state, {**costs, None: total}
 
     def finish(self, crew: Crew, state: ServerState, clients: Sequence[str]) -> RoundReport:
         """Let clients work on by themselves after the last round, and return what it cost.
@@ -224,12 +237,10 @@ class Engine:
         return self._work(round_, errands, self._finish, ())
 
     def _work(self, round_: int, errands: Sequence[Errand], half: Half, transforms: Sequence[Transform]) -> list[Reply]:
-        before = self.hands.spent.fit_seconds
         clients = [self.client(errand.client, round_, errand.memory) for errand in errands]
         messages = [_opened(errand.message) for errand in errands]
         steps = [half(*both) for both in zip(clients, messages, strict=True)]
         done = self.drive_all(list(zip([c.name for c in clients], steps, strict=True)), round_)
-        seconds = (self.hands.spent.fit_seconds - before) / len(errands)
         replies = []
         for client, errand, (update, memory) in zip(clients, errands, done, strict=True):
             for i, transform in enumerate(transforms):
@@ -238,9 +249,9 @@ class Engine:
             changed = None if memory is client.memory else memory
             sent = _sealed(update.message)
             down = len(errand.message)
-            spent = {"bytes_down": down, "bytes_up": len(sent), "flops": self.hands.spent.flops.pop(client.name, 0.0)}
-            metrics = {**update.metrics, **spent}
-            replies.append(Reply(client.name, update.weight, sent, metrics, changed, down, seconds))
+            traffic = {"bytes_down": down, "bytes_up": len(sent)}
+            metrics = {**update.metrics, **traffic, **self.hands.taken(client.name).metrics()}
+            replies.append(Reply(client.name, update.weight, sent, metrics, changed, down))
         return replies
 
     def _finish(self, client: Client, message: Message) -> Steps[tuple[ClientUpdate, Memory]]:
@@ -310,7 +321,7 @@ class Engine:
             finish,
         )
         for reply in crew.replies(state.round, errands):
-            tally.fit_seconds += reply.fit_seconds
+            _count(tally.spent, reply.metrics, reply.share)
             tally.bytes_down += reply.bytes_down
             tally.bytes_up += len(reply.message)
             tally.metrics[reply.client] = reply.metrics
@@ -339,6 +350,9 @@ class Engine:
     def _report(self, after: ServerState, tally: _Tally, error: float | None, seconds: float) -> RoundReport:
         valid = [m for name, m in tally.metrics.items() if name not in tally.rejected]
         tokens = sum(m["tokens"] for m in valid)
+        spent = {"flops": 0.0, "fit_seconds": 0.0, **tally.spent}
+        # the server's seconds are part of what the round takes between the clients' work
+        _count(spent, self.hands.taken(None).metrics(), 0.0)
         return RoundReport(
             round=after.round,
             rounds=self.stage.rounds,
@@ -350,13 +364,22 @@ class Engine:
             bytes_down=tally.bytes_down,
             bytes_up=tally.bytes_up,
             seconds=seconds,
-            fit_seconds=tally.fit_seconds,
+            fit_seconds=spent.pop("fit_seconds"),
             aggregation_error=error,
-            flops=sum(m["flops"] for m in tally.metrics.values()) + self.hands.spent.flops.pop("server", 0.0),
+            flops=spent.pop("flops"),
+            beside=spent,
         )
 
     def _stream(self, round_: int, client: str | None, purpose: str) -> Any:
         return seeds.generator(self.stage.bench.seed, round_, client, purpose)
+
+
+def _count(spent: dict[str, float], metrics: Mapping[str, float], share: float) -> None:
+    """Add the operations among some metrics, and the part of their seconds that counts."""
+    for name in METRICS:
+        if name in metrics:
+            part = share if name.endswith("seconds") else 1.0
+            spent[name] = spent.get(name, 0.0) + part * metrics[name]
 
 
 def _sealed(message: Message) -> bytes:

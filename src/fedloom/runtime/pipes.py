@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedloom.cost import METRICS
 from fedloom.runtime.engine import Errand, Reply, Stage
 from fedloom.types import Bundle, Memory
 from fedloom.wire import codec
@@ -69,24 +70,26 @@ def errands(frame: Frame) -> list[Errand]:
     return [Errand(client, message, codec.decode(memory)) for client, (message, memory) in both]
 
 
-def done(chunk: int, seconds: float, replies: Sequence[Reply]) -> Frame:
-    """Return what a worker answers to `train`.
-
-    Args:
-        seconds: spent in `Fit` effects.
-    """
+def done(chunk: int, replies: Sequence[Reply]) -> Frame:
+    """Return what a worker answers to `train`."""
     told = [[one.client, one.weight, dict(one.metrics), one.bytes_down] for one in replies]
     blobs = [blob for one in replies for blob in (one.message, _kept(one.memory))]
-    return Frame("done", {"chunk": chunk, "seconds": seconds, "replies": told}, blobs)
+    return Frame("done", {"chunk": chunk, "replies": told}, blobs)
 
 
-def replies(frame: Frame, seconds: float) -> list[Reply]:
+def seconds(frame: Frame) -> float:
+    """Return the time that the clients of a `done` frame spent in effects, all together."""
+    names = [name for name in METRICS if name.endswith("seconds")]
+    return float(sum(told.get(name, 0.0) for _, _, told, _ in frame.head["replies"] for name in names))
+
+
+def replies(frame: Frame, share: float) -> list[Reply]:
     """Return the replies of a `done` frame.
 
     Args:
-        seconds: what is told as the time that they spent in `Fit` effects, all together.
+        share: see `Reply`.
     """
-    found, share = [], seconds / len(frame.head["replies"])
+    found = []
     pairs = zip(frame.blobs[::2], frame.blobs[1::2], strict=True)
     for (client, weight, metrics, down), (message, kept) in zip(frame.head["replies"], pairs, strict=True):
         memory = codec.decode(kept) if kept else None

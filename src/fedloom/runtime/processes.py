@@ -235,9 +235,9 @@ class ProcessesCrew:
             self.engine.stage.bench.on_step(frame.head["client"], frame.head["tokens"], frame.head["loss"])
         elif worker is team.workers[0] and team.chunk is not None:
             # where several workers fit at once each moment counts once, so that a round's speed is what a clock shows
-            now = time.perf_counter()
-            seconds = min(frame.head["seconds"], now - self.heard)
-            current.spill.put(team.chunk, frame, seconds, team.chunk == turn)
+            now, seconds = time.perf_counter(), pipes.seconds(frame)
+            share = min(1.0, (now - self.heard) / seconds) if seconds else 1.0
+            current.spill.put(team.chunk, frame, share, team.chunk == turn)
             self.heard, team.chunk = now, None
 
     def _lose(self, current: _Round, team: Team) -> None:

@@ -16,7 +16,7 @@ class Spill:
     def __init__(self, folder: Path) -> None:
         self.file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         self._places: dict[int, tuple[int, int]] = {}
-        self._seconds: dict[int, float] = {}
+        self._shares: dict[int, float] = {}
         self._now: tuple[int, Frame] | None = None
 
     def __enter__(self) -> Spill:
@@ -26,15 +26,15 @@ class Spill:
         self.file.close()
 
     def __contains__(self, chunk: int) -> bool:
-        return chunk in self._seconds
+        return chunk in self._shares
 
-    def put(self, chunk: int, frame: Frame, seconds: float, now: bool) -> None:
+    def put(self, chunk: int, frame: Frame, share: float, now: bool) -> None:
         """Keep a chunk's replies.
 
         Args:
-            seconds: what they are told to have taken.  now: it is their turn, so they need not go to the disk.
+            share: see `Reply`.  now: it is their turn, so they need not go to the disk.
         """
-        self._seconds[chunk] = seconds
+        self._shares[chunk] = share
         if now:
             self._now = chunk, frame
             return
@@ -44,13 +44,13 @@ class Spill:
 
     def pop(self, chunk: int) -> tuple[Frame, float]:
         """Return what was put for a chunk."""
-        seconds = self._seconds.pop(chunk)
+        share = self._shares.pop(chunk)
         if self._now is not None and self._now[0] == chunk:
             frame, self._now = self._now[1], None
-            return frame, seconds
+            return frame, share
         first, size = self._places.pop(chunk)
         self.file.seek(first)
         frame = pipes.unpack(self.file.read(size))
         if not self._places:
             self.file.truncate(0)
-        return frame, seconds
+        return frame, share

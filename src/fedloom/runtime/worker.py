@@ -87,9 +87,8 @@ def _serve(speaker: Speaker, inbox: SimpleQueue[Frame]) -> None:
         errands = pipes.errands(asked)
         work = engine.finish_some if asked.head["finish"] else engine.train
         replies = work(asked.head["round"], errands)
-        seconds = sum(reply.fit_seconds for reply in replies)
         # all ranks of a team have computed the same; one of them tells it
-        speaker.say(pipes.done(asked.head["chunk"], seconds, replies if speaks else ()))
+        speaker.say(pipes.done(asked.head["chunk"], replies if speaks else ()))
 
 
 def _build(start: Frame, speaker: Speaker) -> tuple[Engine, bool]:
