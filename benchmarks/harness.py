@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from fedloom import recipe as recipes
+from fedloom.assets import Assets, prepare
 from fedloom.client.trainer import step_rows
 from fedloom.outcome import peak_rss as outcome_peak
 from fedloom.recipe import Recipe
 from fedloom.settle import settle
 from fedloom.tracking import Sink, Step
 from fedloom.types import ServerState
-from fedloom.world import Assets, World, prepare
+from fedloom.world import World
 
 MODEL = "smollm2-135m"
 

@@ -27,9 +27,10 @@ sys.path.insert(0, str(ROOT))
 from tests.tiny import tiny_model_folder  # noqa: E402 - found through the path above
 
 from fedloom import recipe as recipes  # noqa: E402
+from fedloom.assets import prepare  # noqa: E402
 from fedloom.settle import settle  # noqa: E402
 from fedloom.tracking import Sink  # noqa: E402
-from fedloom.world import World, prepare  # noqa: E402
+from fedloom.world import World  # noqa: E402
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "fedavg": {},

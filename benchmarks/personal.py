@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import harness
 
 from fedloom.algorithms import Algorithm
+from fedloom.assets import prepare
 from fedloom.settle import settle
 from fedloom.tracking import Sink
 from fedloom.types import ServerState
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 METHODS = ("fedavg", "ditto", "feddpa-t", "fedalt", "pf2lora")
 FLEETS = (10, 1000)

@@ -15,11 +15,11 @@ import fedloom
 from fedloom import recipe as recipes
 from fedloom import settle as module
 from fedloom.algorithms.base import Algorithm
+from fedloom.assets import prepare
 from fedloom.recipe import Recipe
 from fedloom.settle import settle
 from fedloom.tracking import Sink
 from fedloom.types import RecipeError
-from fedloom.world import prepare
 
 
 def _settled(folder: Path, **changes: Any) -> Recipe:

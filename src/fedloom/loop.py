@@ -18,6 +18,7 @@ from fedloom import allocator
 from fedloom import recipe as recipes
 from fedloom.algorithms.centralized import Centralized
 from fedloom.algorithms.local import Local
+from fedloom.assets import Assets, prepare
 from fedloom.checkpoint import Checkpoints
 from fedloom.client.adapters import Lora
 from fedloom.data.federation import split_table
@@ -34,7 +35,7 @@ from fedloom.trackers import open_all
 from fedloom.tracking import Finished, Phase, Sink, Sinks, Warned
 from fedloom.types import RecipeError, ServerState, Stopped
 from fedloom.wire.codec import write_atomic
-from fedloom.world import Assets, World, prepare
+from fedloom.world import World
 
 
 @dataclass(frozen=True, slots=True)

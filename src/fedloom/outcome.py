@@ -32,8 +32,9 @@ from fedloom.types import Merge, RecipeError, ServerState, Tensors
 from fedloom.wire.codec import write_atomic
 
 if TYPE_CHECKING:
+    from fedloom.assets import Assets
     from fedloom.recipe import Recipe
-    from fedloom.world import Assets, World
+    from fedloom.world import World
 
 LIBRARIES = ("fedloom", "torch", "transformers", "peft", "datasets", "safetensors")
 

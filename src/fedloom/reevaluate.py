@@ -10,6 +10,7 @@ from typing import Any
 
 from fedloom import recipe as recipes
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.assets import prepare
 from fedloom.checkpoint import FINISHED
 from fedloom.client.identity import check_base
 from fedloom.client.peft_files import saved_config
@@ -22,7 +23,7 @@ from fedloom.results import intervals
 from fedloom.tracking import Sink, Warned
 from fedloom.types import ModelError, RecipeError
 from fedloom.wire.codec import write_atomic
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 CONFIG = "adapter_config.json"
 ALLOWED = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedloom.assets import Assets
 from fedloom.client.attention import can_pack
 from fedloom.client.batches import collate
 from fedloom.client.checkpointing import checkpointed
@@ -15,7 +16,6 @@ from fedloom.recipe import Recipe
 from fedloom.tensors import numel
 from fedloom.types import RecipeError
 from fedloom.units import human_bytes
-from fedloom.world import Assets
 
 PROBE_TOKENS = 512
 """Tokens of the pass whose memory is measured, if no single row has more."""

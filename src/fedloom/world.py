@@ -5,28 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedloom import seeds, tensors
 from fedloom.algorithms.base import Server
+from fedloom.assets import Assets, adapter_dtype
 from fedloom.attacks import Attack
 from fedloom.checkpoint import FINISHED, Checkpoints, MemoryStore
-from fedloom.client.attached import Attached, check_fit
-from fedloom.client.compiling import compile_layers
 from fedloom.client.identity import check_base, stamp
-from fedloom.client.lean import lean
-from fedloom.client.models import Loaded, load_model
 from fedloom.client.trainer import Bench, Rows
-from fedloom.data import federation
 from fedloom.data.encode import Encoded
-from fedloom.data.federation import Federation
 from fedloom.data.poisoned import extended
 from fedloom.data.rows import Row
 from fedloom.data.splits import ClientData
@@ -35,67 +28,11 @@ from fedloom.energy import Meter
 from fedloom.evaluate import Evaluator
 from fedloom.evaluate.base import Evaluation
 from fedloom.evaluate.view import ADAPTED, RegimeView, interval, spread
-from fedloom.home import home
-from fedloom.outcome import Totals, export, of_round, reset_peaks, write_samples
+from fedloom.outcome import Totals, export, of_round, write_samples
 from fedloom.recipe import Recipe
 from fedloom.runtime.engine import NOBODY, Engine, Stage
 from fedloom.tracking import Evaluated, MetricsFile, Phase, RoundReport, Sink, Step, Warned
 from fedloom.types import RecipeError, ServerState, Split
-
-
-@dataclass(frozen=True, slots=True)
-class Assets:
-    """What all regimes of a run share: the resident model with its adapter layers, and the split.
-
-    Attributes:
-        initial: the adapter that everybody starts from.  seconds: it took to build all this.
-        fresh: the peaks of memory began anew with it, or later: see `outcome.reset_peaks`.
-    """
-
-    loaded: Loaded
-    attached: Attached
-    federation: Federation
-    initial: Mapping[str, Tensor]
-    seconds: float
-    fresh: bool = False
-
-
-def prepare(recipe: Recipe, sink: Sink) -> Assets:
-    """Load the model, read and encode the rows, and attach the adapter.
-
-    Args:
-        recipe: a resolved recipe.
-        sink: is told what takes time.
-
-    Raises:
-        DataError, ModelError, RecipeError: something cannot be found, read or fitted together.
-    """
-    began, fresh = time.perf_counter(), reset_peaks()
-    torch.set_num_threads(recipe.runtime.threads)
-    sink.on(Phase("loading the model"))
-    loaded = load_model(recipe.model, lambda text: sink.on(Phase(text)))
-    sink.on(Phase("reading and encoding the rows"))
-    cache = home() / "encoded"
-    split = federation.build(
-        recipe.data, loaded.tokenizer, recipe.seed, cache, lambda done: sink.on(Phase("encoding rows", done))
-    )
-    if not recipe.runtime.reference:
-        lean(loaded.model)
-    attached = recipe.adapter.attach(loaded.model, recipe.runtime.reference)
-    if problems := list(recipe.algorithm.check([name for name in attached.shapes() if attached.moves(name)])):
-        raise RecipeError("; ".join(problems))
-    if recipe.model.compile:
-        sink.on(Phase("compiling: the first steps take longer"))
-        compile_layers(loaded.model)
-    initial: Mapping[str, Tensor] = attached.init(recipe.seed, _adapter_dtype(loaded))
-    if recipe.init is not None:
-        if not attached.whole and (note := check_base(recipe.init, loaded.base)):
-            sink.on(Warned(note))
-        initial = attached.read(recipe.init)
-        check_fit(initial, attached.shapes())
-        initial = {name: initial[name].to(_adapter_dtype(loaded)) for name in attached.shapes()}
-    sink.on(Phase(""))
-    return Assets(loaded, attached, split, initial, time.perf_counter() - began, fresh)
 
 
 def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink) -> tuple[Stage, list[str]]:
@@ -149,7 +86,7 @@ def set_stage(recipe: Recipe, assets: Assets, memories: MemoryStore, sink: Sink)
 
 
 def _server(recipe: Recipe, assets: Assets, clients: Sequence[str]) -> Server:
-    dtype, part = _adapter_dtype(assets.loaded), recipe.server
+    dtype, part = adapter_dtype(assets.loaded), recipe.server
     # every participant draws an adapter of a round alike; the newest one is kept, as a cohort asks for it in turn
     draw = lru_cache(1)(lambda round_: assets.attached.init(recipe.seed, dtype, round_))
     return Server(
@@ -183,10 +120,6 @@ def _poisoned(
         added,
         {**population, **{client: replace(population[client], train=new) for client, new in where.items()}},
     )
-
-
-def _adapter_dtype(loaded: Loaded) -> torch.dtype:
-    return torch.promote_types(loaded.model.dtype, torch.float32)
 
 
 class World:

@@ -18,10 +18,11 @@ from torch.nn import functional
 import fedloom
 from fedloom import recipe as recipes
 from fedloom.algorithms.feddqc import FedDqc, alignment
+from fedloom.assets import prepare
 from fedloom.checkpoint import MemoryStore
 from fedloom.tracking import Sink
 from fedloom.types import Bundle, Losses, Pair, RecipeError, Texts
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 ALL = {"name": "feddqc", "stages": 1}
 

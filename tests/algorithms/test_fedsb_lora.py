@@ -19,6 +19,7 @@ from torch import Tensor
 import fedloom
 from fedloom import recipe as recipes
 from fedloom.algorithms.fedsb import FedSb
+from fedloom.assets import prepare
 from fedloom.checkpoint import Checkpoints
 from fedloom.client.adapters import Lora
 from fedloom.client.lora_sb import LoraSb, frozen, plain
@@ -26,7 +27,7 @@ from fedloom.client.peft_files import load_peft
 from fedloom.reopen import reopen
 from fedloom.tracking import Sink
 from fedloom.types import DataError, Gradient, ModelError, RecipeError, ServerState
-from fedloom.world import prepare, set_stage
+from fedloom.world import set_stage
 
 FP64 = {"model": {"dtype": "fp64"}}
 SB: dict[str, Any] = {"algorithm": "fed-sb", "adapter": {"name": "lora-sb", "r": 4}, "data": {"public": 6}}

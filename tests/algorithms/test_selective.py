@@ -35,12 +35,13 @@ from fedloom.algorithms.layer_rules import (
     objective,
 )
 from fedloom.algorithms.selective import Selective
+from fedloom.assets import prepare
 from fedloom.checkpoint import Checkpoints
 from fedloom.runtime.engine import Engine
 from fedloom.tracking import Sink
 from fedloom.types import Bundle, ClientUpdate, Fitted, Gradient, Message, RecipeError, ServerState
 from fedloom.wire import codec
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 SHALLOW = {"name": "selective", "budget": 1}
 

@@ -9,11 +9,12 @@ from typing import Any
 from tests.helpers import tree
 
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.recipe import overlay
 from fedloom.settle import settle
 from fedloom.tracking import Sink
 from fedloom.types import ServerState
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 
 def world(folder: Path, out: Path, **changes: Any) -> World:

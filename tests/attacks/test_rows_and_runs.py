@@ -13,12 +13,13 @@ from torch import Tensor
 
 import fedloom
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.attacks import Attack
 from fedloom.checkpoint import MemoryStore
 from fedloom.runtime import pipes
 from fedloom.tracking import Plan, Sink
 from fedloom.types import DataError, RecipeError
-from fedloom.world import prepare, set_stage
+from fedloom.world import set_stage
 
 FIVE = {"data": {"clients": 5, "partition": "iid", "source": {"name": "tasks", "rows_per_category": 10}}}
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import fedloom
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.checkpoint import Checkpoints
 from fedloom.cli.algorithms import misfits, table
 from fedloom.cli.main import app
@@ -29,7 +30,7 @@ from fedloom.reopen import reopen
 from fedloom.survey import shapes_of, survey
 from fedloom.tracking import Sink
 from fedloom.types import ModelError, RecipeError, Tensors
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"name": "dora", "r": 2, "alpha": 4},

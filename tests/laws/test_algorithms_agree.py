@@ -135,8 +135,9 @@ def test_frozen_weights_stay(tiny_folder: Path, tmp_path: Path) -> None:
     from tests.helpers import tree
 
     from fedloom import recipe as recipes
+    from fedloom.assets import prepare
     from fedloom.tracking import Sink
-    from fedloom.world import World, prepare
+    from fedloom.world import World
 
     recipe = recipes.load(tree(tiny_folder)).resolved()
     assets = prepare(recipe, Sink())

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import fedloom
 from fedloom import recipe as recipes
+from fedloom.assets import Assets, prepare
 from fedloom.evaluate.base import Evaluation
 from fedloom.evaluate.loss import Loss
 from fedloom.runtime import engine
@@ -26,7 +27,7 @@ from fedloom.runtime.engine import Errand, Reply
 from fedloom.server.aggregate import Mean
 from fedloom.tracking import Sink
 from fedloom.types import Bundle, ClientUpdate, Memory, Message
-from fedloom.world import Assets, World, prepare
+from fedloom.world import World
 
 SGD = {"optimizer": "sgd", "clip_norm": None}
 

@@ -15,12 +15,13 @@ from tests.helpers import tree
 
 import fedloom
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.recipe import Recipe, overlay
 from fedloom.runtime.engine import Errands, Reply
 from fedloom.tracking import Sink
 from fedloom.types import Bundle
 from fedloom.wire import codec
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 ROUNDS, COHORT = 3, 10
 SOURCE = str(Path(fedloom.__file__).parent)

@@ -13,10 +13,10 @@ import yaml
 from tests.helpers import run, tree
 
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.outcome import reset_peaks
 from fedloom.recipe import overlay
 from fedloom.tracking import Sink
-from fedloom.world import prepare
 
 # VmHWM, since the kernel lets ru_maxrss begin with the size of whoever started the process: here, of all these tests
 CODE = """

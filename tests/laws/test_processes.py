@@ -20,6 +20,7 @@ from tests.laws import unfit
 
 import fedloom
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.runtime import pipes
 from fedloom.runtime.engine import Engine, Errand, Errands, Reply
 from fedloom.runtime.local import LocalCrew
@@ -29,7 +30,7 @@ from fedloom.runtime.team import Team, Worker
 from fedloom.tracking import Event, Phase, Sink, Step, Warned
 from fedloom.types import Bundle, DataError, RecipeError, SiteError, Stopped
 from fedloom.wire import codec
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 assert unfit  # registers its part
 SGD = {"optimizer": "sgd", "clip_norm": None}

@@ -10,8 +10,9 @@ from tests.helpers import adapter, run, tree
 
 import fedloom
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.tracking import Sink
-from fedloom.world import World, prepare
+from fedloom.world import World
 
 
 def test_flat_twin_equals_the_reference_path(tiny_folder: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def list_parts(
     if recipe is not None:
         raise RecipeError("--recipe goes with `fedloom list algorithms`, whose bytes it tells")
     family = family.removesuffix("s") if family is not None and family not in found else family
-    if family not in (None, "recipe", *found):
+    if family is not None and family not in ("recipe", *found):
         raise RecipeError(
             f"there is no family {family!r}{suggest(family, found)}; allowed: recipes, algorithms, {', '.join(found)}"
         )

@@ -18,6 +18,7 @@ from threading import Thread
 
 from fedloom import baselog
 from fedloom import recipe as recipes
+from fedloom.assets import prepare
 from fedloom.checkpoint import MemoryStore
 from fedloom.runtime import pipes
 from fedloom.runtime.engine import Engine
@@ -25,7 +26,7 @@ from fedloom.runtime.pipes import Frame
 from fedloom.tracking import Event, Sink, Step
 from fedloom.types import FedloomError, Merge, Message
 from fedloom.wire import codec
-from fedloom.world import prepare, set_stage
+from fedloom.world import set_stage
 
 
 class Speaker(Sink):
