@@ -18,6 +18,7 @@ from fedloom.algorithms import Client
 from fedloom.algorithms.fedit_u2s import Exemplar, FedItU2s, parsed, prompt
 from fedloom.algorithms.pairs import packed, unpacked
 from fedloom.checkpoint import MemoryStore
+from fedloom.cost import Phase
 from fedloom.runtime.effects import Performer
 from fedloom.runtime.engine import Engine
 from fedloom.types import (
@@ -184,8 +185,10 @@ def test_clients_without_pairs_do_not_count() -> None:
 def writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model cannot write: what it would say is given in its place."""
 
-    def told(self: Performer, effect: Generate, client: str | None, round_: int) -> list[str]:
-        return [f"say word{i} of {client} {len(p)}\nAnswer: private-{client}-{i}" for i, p in enumerate(effect.prompts)]
+    def told(self: Performer, effect: Generate, client: str | None, round_: int) -> tuple[list[str], Phase, float]:
+        prompts = enumerate(effect.prompts)
+        texts = [f"say word{i} of {client} {len(p)}\nAnswer: private-{client}-{i}" for i, p in prompts]
+        return texts, "generate", 0.0
 
     monkeypatch.setattr(Performer, "_generate", told)
 
