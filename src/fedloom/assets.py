@@ -79,4 +79,5 @@ def prepare(recipe: Recipe, sink: Sink) -> Assets:
 
 
 def adapter_dtype(loaded: Loaded) -> torch.dtype:
+    """Return the dtype of the tensors of an adapter on a model: float32 at least."""
     return torch.promote_types(loaded.model.dtype, torch.float32)
