@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,6 +23,8 @@ ROUNDS_LOOKED_AT = 3
 PROBE_TOKENS = 512
 NAMES_TOLD = 8
 LAST = "every client works on by itself after the last round, which is not in the figures below"
+ENOUGH = 50
+"""Validation rows of all clients that the choice of the best round should rest on at least."""
 PROBED = 3
 """Copies of a client's tensors that the timed pass has made: what is sent, values, gradients; moments were not."""
 
@@ -42,7 +45,7 @@ def make_plan(world: World, start: int) -> Plan:
     rounds = recipe.rounds - start
     seconds = rounds * tokens / (speed * recipe.runtime.lanes(recipe))
     memory = human_bytes(_memory(world))
-    owned = [len(data.train) for data in split.clients.values()]
+    owned = _span([len(world.rows(name)) for name in world.clients])
     left = f", {split.left.total} left out ({split.left.too_long} too long)" if split.left.total else ""
     lines = [
         (
@@ -56,13 +59,17 @@ def make_plan(world: World, start: int) -> Plan:
         ("rows", f"{len(split.rows):,} from {split.source}{left}"),
         (
             "clients",
-            f"{len(world.clients):,} ({len(cohort):,} a round), {min(owned):,} to {max(owned):,} training rows each",
+            f"{len(world.clients):,} ({len(cohort):,} a round), {owned} training rows each",
         ),
-        ("algorithm", f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {steps} steps a client a round"),
+        ("algorithm", f"{recipe.algorithm.part_name}, {recipe.rounds} rounds, {_span(steps)} steps a client a round"),
+        *([("best", few)] if (few := _too_few(world)) else []),
         *([("afterwards", LAST)] if recipe.algorithm.finishes else []),
         *[("attackers", _attackers(attack)) for attack in world.engine.stage.attacks],
-        ("tokens", f"about {tokens * rounds:,} to train on ({tokens:,} a round)"),
-        ("messages", f"{human_bytes(down)} down and about as much up a round"),
+        (
+            "tokens",
+            f"about {tokens * rounds:,} to train on ({tokens:,} a round)" if rounds else "none is left",
+        ),
+        ("messages", f"{human_bytes(down)} down and about as much up a round" if down else "none"),
         (
             "expected",
             f"{human_seconds(seconds)} of training at {speed:,.0f} tokens/s; from {memory} of memory",
@@ -101,15 +108,32 @@ def _share(world: World) -> float:
     return world.parameters() / world.assets.loaded.parameters
 
 
-def _tokens_a_round(world: World) -> tuple[int, int]:
-    """Return the mean trained tokens of the first rounds, and the steps of one client, from the real row streams."""
-    recipe, totals, steps = world.recipe, [], 0
+def _span(counts: Sequence[int]) -> str:
+    """Return the least and the largest count, for people."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _too_few(world: World) -> str:
+    """Return what to know where the best round is chosen by few rows of the clients, or ""."""
+    judge = world.recipe.judge()
+    if judge is None or not judge.own_rows:
+        return ""
+    rows = sum(len(data.validation) for data in world.assets.federation.clients.values())
+    if rows >= ENOUGH:
+        return ""
+    return f"chosen by {judge.part_name} on {rows} validation rows, too few to tell rounds apart; raise data.splits"
+
+
+def _tokens_a_round(world: World) -> tuple[int, list[int]]:
+    """Return the mean trained tokens of the first rounds, and the steps of clients, from the real row streams."""
+    recipe, totals, steps = world.recipe, [], list[int]()
     for round_ in range(min(ROUNDS_LOOKED_AT, recipe.rounds)):
         tokens = 0
         for name in recipe.sampler.cohort(round_, world.clients, recipe.seed):
             lengths = world.rows(name).lengths()
             chosen = step_rows(recipe.trainer, lengths, recipe.seed, round_, name)
-            steps = len(chosen)
+            steps.append(len(chosen))
             tokens += sum(lengths[row] for step in chosen for row in step)
         totals.append(tokens)
     return int(np.mean(totals)), steps

@@ -213,6 +213,13 @@ class Recipe(Record):
         """
         return self.model_copy(update={"model": self.model.resolved()})
 
+    def judge(self) -> Evaluator | None:
+        """Return the evaluator by which early stop and the best checkpoint judge; None: none runs between rounds."""
+        running = [one for one in self.evaluate if one.every > 0]
+        if self.early_stop is not None:
+            return next(one for one in running if one.part_name == self.early_stop.evaluator)
+        return next(iter(running), None)
+
     def dump(self) -> dict[str, Any]:
         """Return the recipe as plain values; `Recipe.model_validate` reads them back."""
         return self.model_dump(mode="json")

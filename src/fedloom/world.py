@@ -289,8 +289,7 @@ class World:
     def _judge(self, state: ServerState, evaluator: Evaluator, found: Evaluation) -> bool:
         """Return whether the judging evaluator found the best state so far; a value that is not finite never is."""
         stop = self.recipe.early_stop
-        judge = stop.evaluator if stop else next(one.part_name for one in self.recipe.evaluate if one.every)
-        if evaluator.part_name != judge or evaluator.primary not in found.metrics:
+        if evaluator != self.recipe.judge() or evaluator.primary not in found.metrics:
             return False  # what could not be run says nothing about the state
         value = found.metrics[evaluator.primary]
         value = value if evaluator.higher_is_better else -value
