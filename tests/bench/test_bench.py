@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fedloom.bench import Cell, Outcome, grid, tabulate
 from fedloom.cli.main import app
+from fedloom.cost import METRICS
 from fedloom.evaluate import stats
 from fedloom.types import RecipeError
 
@@ -114,6 +115,19 @@ def test_other_evaluation_settings_are_not_paired(tmp_path: Path) -> None:
     assert not found.comparisons
     assert found.unpaired == ["r, tasks: a and b differ in dtype"]
     assert "- not paired: r, tasks: a and b differ in dtype" in found.markdown()
+
+
+def test_costs_that_only_some_runs_tell_are_in_no_mean(tmp_path: Path) -> None:
+    costs = {"bytes_up": 1, "bytes_down": 1, "trained_tokens": 1, "fit_seconds": 1.0, "peak_rss_bytes": 1}
+    later = dict.fromkeys(METRICS, 2.0)
+    outcomes = [
+        Outcome(Cell("r", (("algorithm", label),), seed, (), tmp_path), {"metrics": {"federated": {}}, **costs, **more})
+        for label, seed, more in (("old", 0, {}), ("old", 1, later), ("new", 0, later))
+    ]
+    old, new = tabulate(outcomes).rows
+    assert "flops" not in old.costs
+    assert "beside_flops" not in old.costs
+    assert (new.costs["flops"], new.costs["beside_flops"], new.costs["beside_seconds"]) == (2.0, 8.0, 8.0)
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
