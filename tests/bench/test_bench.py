@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fedloom.bench import grid
 from fedloom.cli.main import app
+from fedloom.cost import METRICS
 from fedloom.types import RecipeError
 
 TASKS = {"name": "tasks", "items_per_category": 2, "categories": ["units", "sorting"], "max_new_tokens": 2}
@@ -97,6 +98,19 @@ def test_a_cell_without_rows_leaves_its_reason(bench: Any, tmp_path: Path) -> No
     assert {row["variation"] for row in table["rows"]} == {"tasks"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "1 run has no result" in page and "none.jsonl" in page
+
+
+def test_costs_that_only_some_runs_tell_are_in_no_mean(tmp_path: Path) -> None:
+    costs = {"bytes_up": 1, "bytes_down": 1, "trained_tokens": 1, "fit_seconds": 1.0, "peak_rss_bytes": 1}
+    later = dict.fromkeys(METRICS, 2.0)
+    outcomes = [
+        Outcome(Cell("r", (("algorithm", label),), seed, (), tmp_path), {"metrics": {"federated": {}}, **costs, **more})
+        for label, seed, more in (("old", 0, {}), ("old", 1, later), ("new", 0, later))
+    ]
+    old, new = tabulate(outcomes).rows
+    assert "flops" not in old.costs
+    assert "beside_flops" not in old.costs
+    assert (new.costs["flops"], new.costs["beside_flops"], new.costs["beside_seconds"]) == (2.0, 8.0, 8.0)
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
