@@ -198,12 +198,12 @@ class Recipe(Record):
     def _early_stop_problems(self) -> Iterable[str]:
         if self.early_stop is None:
             return
-        running = [one.part_name for one in self.evaluate if one.every > 0]
+        running = [one.part_name for one in self.evaluate if one.every > 0 and one.judges]
         if self.early_stop.evaluator not in running:
             hint = suggest(self.early_stop.evaluator, running)
             yield (
                 f"early_stop.evaluator: {self.early_stop.evaluator!r} is not evaluated in the course of the run{hint} "
-                f"(with every > 0: {', '.join(running) or 'none'})"
+                f"on items of its own (with every > 0: {', '.join(running) or 'none'})"
             )
 
     def resolved(self) -> Self:
@@ -215,7 +215,7 @@ class Recipe(Record):
 
     def judge(self) -> Evaluator | None:
         """Return the evaluator by which early stop and the best checkpoint judge; None: none runs between rounds."""
-        running = [one for one in self.evaluate if one.every > 0]
+        running = [one for one in self.evaluate if one.every > 0 and one.judges]
         if self.early_stop is not None:
             return next(one for one in running if one.part_name == self.early_stop.evaluator)
         return next(iter(running), None)

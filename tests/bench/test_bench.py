@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.bench.runs import answers, outcome
 from tests.helpers import run, tree
 from typer.testing import CliRunner
 
-from fedloom.bench import grid
+from fedloom.bench import grid, tabulate
 from fedloom.cli.main import app
 from fedloom.cost import METRICS
 from fedloom.types import RecipeError
@@ -101,10 +102,9 @@ def test_a_cell_without_rows_leaves_its_reason(bench: Any, tmp_path: Path) -> No
 
 
 def test_costs_that_only_some_runs_tell_are_in_no_mean(tmp_path: Path) -> None:
-    costs = {"bytes_up": 1, "bytes_down": 1, "trained_tokens": 1, "fit_seconds": 1.0, "peak_rss_bytes": 1}
     later = dict.fromkeys(METRICS, 2.0)
     outcomes = [
-        Outcome(Cell("r", (("algorithm", label),), seed, (), tmp_path), {"metrics": {"federated": {}}, **costs, **more})
+        outcome(tmp_path, ("r", label, seed), {"federated": answers(1, 0)}, summary=more)
         for label, seed, more in (("old", 0, {}), ("old", 1, later), ("new", 0, later))
     ]
     old, new = tabulate(outcomes).rows

@@ -189,6 +189,7 @@ def test_the_harness_sees_the_adapter_and_the_run_does_not_see_the_harness(
     outputs = {regime: [row["output"] for row in rows if row["regime"] == regime] for regime in ("base", "federated")}
     assert len(outputs["base"]) == len(outputs["federated"]) == 10
     assert all(a != b for a, b in zip(*outputs.values(), strict=True))
+    assert loud.summary["best_round"] is None  # the items of the end choose no round
 
 
 def test_leaves_modes_streams_and_log_alone() -> None:

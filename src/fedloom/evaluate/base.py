@@ -135,6 +135,8 @@ class Evaluator(Part, family=True):
     """The metric by which early stop and the best checkpoint judge."""
     higher_is_better: ClassVar[bool] = False
     """The direction of every metric of this evaluator."""
+    judges: ClassVar[bool] = True
+    """Whether best checkpoint and early stop may judge by it: in the course of a run it sees no items of the end."""
     own_rows: ClassVar[bool] = False
     """Whether it measures clients on their own rows, so that clients kept out of training can be measured apart."""
 

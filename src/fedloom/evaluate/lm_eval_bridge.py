@@ -41,6 +41,7 @@ class LmEval(Evaluator, name="lm_eval"):
 
     primary: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
+    judges: ClassVar[bool] = False  # the harness takes the first items of a task at each time, those of the end too
 
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of tasks, groups or tags of the harness."""

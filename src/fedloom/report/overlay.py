@@ -46,15 +46,17 @@ def _scores(runs: Mapping[str, Run]) -> Section:
             heads.append(title)
             for row, value in zip(rows, values, strict=True):
                 row.append("–" if value is None else text(value))
-            dots = [
-                replace(dot_of(run, evaluator, metric, run.own)[0], name=name, tone=parts.tone(name, i))
+            drawn = [
+                (name, parts.tone(name, i), dot_of(run, evaluator, metric, run.own))
                 for i, (name, run) in enumerate(runs.items())
                 if values[i] is not None
             ]
+            dots = [replace(dot, name=name, tone=tone) for name, tone, (dot, _) in drawn]
             if dots:
                 behind = table(["run", title], [[dot.name, text(dot.value)] for dot in dots])
                 better = parts.direction(evaluator, metric).capitalize()
-                note = f"{better}. Bars: 95 % intervals (Wilson). Small dots: single clients."
+                notes = dict.fromkeys(note for _, _, (_, note) in drawn if note)
+                note = ". ".join([better, *notes]) + "."
                 figures.append(figure(title, svg.dots(title, dots, metric.replace("_", " "), text), behind, note))
     body = grid(figures) + table(heads, rows, "Each run's own regime, on its test data")
     return Section("scores", "Scores", body)
