@@ -237,13 +237,13 @@ class World:
         self.checkpoints.amend(state.round, self._record())
 
     def finish(self, state: ServerState) -> None:
-        """Measure the result on test data and write the adapters."""
+        """Write the adapters, then measure the result on test data."""
         self.rescue(state)
+        self.totals.adapter_sha256 = export(self.folder, self.recipe, self.assets, self.memories, self.clients, state)
         regime = self.recipe.algorithm.regime
         self.totals.results[regime] = self.measure(state, regime)
         for name in self.beside(regime):
             self.totals.results[name] = self.measure(state, name)
-        self.totals.adapter_sha256 = export(self.folder, self.recipe, self.assets, self.memories, self.clients, state)
         self.metrics.flush()
         self._tick()
 

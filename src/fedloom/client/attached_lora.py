@@ -175,6 +175,8 @@ class AttachedLora(Attached):
         save_peft(folder, one, described(self.config, one, self.scale), base)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
+        if slot_files.is_routed(folder):
+            raise ModelError(f"{folder} is a mixture with a router; name one of its parts: {folder / 'slot0'}")
         return load_peft(folder, self.config)
 
 
