@@ -28,6 +28,7 @@ def test_demo(tiny_folder: Path, tmp_path: Path) -> None:
     assert {s["regime"] for s in samples} == {"base", "federated"}
     assert set(samples[0]) == {
         "regime", "round", "client", "id", "prompt_sha256", "prompt", "output", "extracted", "reference", "score",
+            "stratum",
     }  # fmt: skip
     assert len(list((result.folder / "regimes" / "local" / "adapters").iterdir())) == 4
 

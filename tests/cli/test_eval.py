@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 import fedloom
 from fedloom.client.identity import FILE
+from fedloom.evaluate.base import Evaluation
+from fedloom.evaluate.loss import Loss
 from fedloom.types import ModelError
 
 UNITS = "evaluate=[{name: tasks, items_per_category: 2, categories: [units], max_new_tokens: 2}]"
@@ -117,9 +120,11 @@ def test_other_keys_are_refused_with_those_that_are_allowed(bare: Path, strange:
     assert "says the rest" in refused("eval", strange, "data.template=plain")
 
 
-def test_a_metric_that_does_not_exist_is_null(tiny_folder: Path, tmp_path: Path) -> None:
-    changes = {"splits": {"train": 1, "validation": 0, "test": 0}}
-    run = run_recipe(tiny_folder, tmp_path / "r", rounds=1, data=changes, evaluate=["loss"])
+def test_a_metric_that_does_not_exist_is_null(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loss, "evaluate", lambda self, view: Evaluation({"loss": math.nan, "perplexity": math.inf}))
+    run = run_recipe(tiny_folder, tmp_path / "r", rounds=1, evaluate=["loss"])
     assert run.summary["metrics"]["federated"]["loss"]["loss"] is None
     ran = call("eval", run.folder, "--json", "--out", tmp_path / "out")
     assert ran.exit_code == 0
@@ -127,3 +132,13 @@ def test_a_metric_that_does_not_exist_is_null(tiny_folder: Path, tmp_path: Path)
     assert found["federated"]["loss"]["loss"] is None
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"] == found
     assert call("eval", run.folder).exit_code == 0
+
+
+def test_a_loss_without_rows_was_not_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    changes = {"splits": {"train": 1, "validation": 0, "test": 0}}
+    run = run_recipe(tiny_folder, tmp_path / "r", rounds=1, data=changes, evaluate=["loss"])
+    assert run.summary["metrics"]["federated"] == {}
+    assert "no client has rows in test" in run.summary["not_run"]["federated"]["loss"]
+    ran = call("eval", run.folder, "--out", tmp_path / "out")
+    assert ran.exit_code == 4
+    assert "no client has rows in test" in ran.output

@@ -63,7 +63,7 @@ def test_eval_measures_the_adapter_that_is_named(folder: Path) -> None:
 
 def test_eval_tells_the_number_of_items(folder: Path) -> None:
     shown = call("eval", folder).stdout
-    assert "tasks: 2 items, 95 % intervals (Wilson): base 0.0 to" in " ".join(shown.split())
+    assert "tasks exact match: 2 items, 95 % intervals (Wilson): base 0.0 to" in " ".join(shown.split())
 
 
 def test_eval_refuses(folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_memory_of_earlier_work_is_not_in_a_run(tiny_folder: Path, tmp_path: Pat
 
 def test_a_peak_that_may_be_older_is_marked(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = iter([True, False])
-    monkeypatch.setattr("fedloom.world.reset_peaks", lambda: next(fresh))
+    monkeypatch.setattr("fedloom.assets.reset_peaks", lambda: next(fresh))
     monkeypatch.setattr("fedloom.loop.reset_peaks", lambda: next(fresh))
     result = run(tiny_folder, tmp_path / "run", evaluate=[], compare=["local"])
     local = json.loads((tmp_path / "run" / "regimes" / "local" / "summary.json").read_text())

@@ -127,7 +127,7 @@ class Inline(Worker):
     def say(self, frame: pipes.Frame) -> None:
         self.order.append(frame.head["chunk"])
         replies = self.engine.train(frame.head["round"], pipes.errands(frame))
-        self.theirs.send_bytes(pipes.pack(pipes.done(frame.head["chunk"], 0.1, replies)))
+        self.theirs.send_bytes(pipes.pack(pipes.done(frame.head["chunk"], replies)))
 
     def is_ready(self) -> None:
         self.ready = True
@@ -312,7 +312,7 @@ def test_no_worker_starts_where_none_is_needed(
 def test_how_many_workers(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = lambda *texts, **runtime: recipes.load(tree(tiny_folder, runtime={"name": "processes", **runtime}), texts)
     lanes = lambda recipe: recipe.runtime.lanes(recipe)
-    monkeypatch.setattr("fedloom.runtime.processes._cores", lambda: 16)
+    monkeypatch.setattr("fedloom.runtime.processes.cores", lambda: 16)
     assert lanes(load(threads=4)) == 4
     assert lanes(load(threads=16)) == 2
     assert lanes(load(threads=2, shard=4)) == 2

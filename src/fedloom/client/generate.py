@@ -119,7 +119,7 @@ def answered(
 ) -> list[Answer]:
     """Return what `answers` does, with the tokens that each answer took."""
     ids = tokenised(tokenizer, prompts)
-    desk = _Desk(model, ids, _Ending(tokenizer, _end_tokens(model, tokenizer), decoding.stop), decoding, max_new_tokens)
+    desk = _Desk(model, ids, _Ending(tokenizer, end_tokens(model, tokenizer), decoding.stop), decoding, max_new_tokens)
     done = 0
     with evaluating(model), torch.inference_mode(), prepacked(model, decoding.batch_rows):
         for _ in _decode(desk, beginning(model, ids)):
@@ -227,7 +227,8 @@ class _Desk:
         return torch.tensor(drawn, device=logits.device)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end an answer: the tokenizer's own and those of the model's generation config."""
     config = model.generation_config.eos_token_id if model.generation_config else None
     listed = config if isinstance(config, list) else [config]
     return frozenset(token for token in (tokenizer.eos_token_id, *listed) if token is not None)
@@ -260,7 +261,7 @@ def _stream(
     choose: Callable[[Tensor], int],
 ) -> Iterator[str]:
     tokens: list[int] = []
-    sent, text, ends = 0, "", _end_tokens(model, tokenizer)
+    sent, text, ends = 0, "", end_tokens(model, tokenizer)
     batch = begin([ids], DynamicCache(config=model.config), model.device)
     with evaluating(model):
         for _ in range(max_new_tokens):

@@ -28,7 +28,9 @@ def prepacked(model: PreTrainedModel, rows: int) -> Iterator[int]:
     Yields:
         How many layers do.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype is torch.bfloat16]
+    # a weight that is cut between processes is of another type
+    plain = [m for m in model.modules() if type(m) is nn.Linear and type(m.weight) is nn.Parameter]
+    layers = [m for m in plain if m.weight.dtype is torch.bfloat16]
     size = sum(layer.weight.nbytes for layer in layers)
     if model.device.type != "cpu" or size > LARGEST or not _can():
         layers = []

@@ -21,7 +21,7 @@ from fedloom.cost import Phase, Shapes
 from fedloom.data.federation import Federation
 from fedloom.data.rows import Turn
 from fedloom.data.templates import bos, with_system
-from fedloom.evaluate import scored
+from fedloom.evaluate import scored, vllm_engine
 from fedloom.evaluate.base import Evaluation, Evaluator, Own, Using
 from fedloom.evaluate.stats import client_bootstrap, worst_share
 from fedloom.recipe import Recipe
@@ -124,8 +124,13 @@ class RegimeView:
         """Return answers, greedy unless `decoding` says otherwise."""
 
         def some(adapter: Tensors | None, numbers: list[int]) -> list[str]:
+            asked = [prompts[i] for i in numbers]
             with self._loaded(adapter) as (model, tokenizer):
-                made = answered(model, tokenizer, [prompts[i] for i in numbers], max_new_tokens, decoding)
+                if vllm_engine.chosen(self.recipe, model):
+                    attached = self.engine.stage.bench.attached
+                    made = vllm_engine.answered(model, tokenizer, attached, adapter, asked, max_new_tokens, decoding)
+                else:
+                    made = answered(model, tokenizer, asked, max_new_tokens, decoding)
             self._book("generate", cost.of_answers(self._shapes, adapter, [(one.prompt, one.chosen) for one in made]))
             return [one.text for one in made]
 
@@ -175,9 +180,9 @@ class RegimeView:
 
     def settings(self) -> Mapping[str, Any]:
         """Return what the figures depend on beside prompts and adapter."""
-        model = self.recipe.model
+        model, resident = self.recipe.model, self.engine.stage.bench.model
         return {
-            "engine": "fedloom",
+            "engine": vllm_engine.name() if vllm_engine.chosen(self.recipe, resident) else "fedloom",
             "model": model.name,
             "dtype": str(self.engine.stage.bench.model.dtype).removeprefix("torch."),
             "quantize": model.quantize,
