@@ -122,6 +122,8 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         ("adapter=ia3", "trainer.lr=0.01", "seed=0"),
     ]
     assert [one.label for one in together] == ["adapter=lora, lr=0.001", "adapter=ia3, lr=0.01"]
+    (alone,) = grid(["demo"], [], ["adapter={name: lora, r: 4}"], [0], Path())
+    assert alone.label == "lora r=4"
     for wrong in ("[lora]", "[]", "[{}]"):
         with pytest.raises(RecipeError, match="is not of the form"):
             grid(["demo"], [], [wrong], [0], Path())

@@ -45,8 +45,17 @@ class Cell:
     def label(self) -> str:
         """What the variation is called: its values, with keys where there are several."""
         if len(self.variation) == 1:
-            return self.variation[0][1]
-        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.variation) or "as it is"
+            return _short(self.variation[0][1])
+        return ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in self.variation) or "as it is"
+
+
+def _short(value: str) -> str:
+    """Return a value for people: a part with its options without the signs of YAML."""
+    part = yaml.safe_load(value)
+    if not isinstance(part, dict) or "name" not in part:
+        return value
+    options = " ".join(f"{key}={one}" for key, one in part.items() if key != "name")
+    return f"{part['name']} {options}".strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def write_page(bench: Bench, outcomes: Sequence[Outcome], command: str, folder: 
         ("runs", f"{len(done)} of {len(outcomes)}"),
         ("recipes", str(len({one.cell.name for one in outcomes}))),
         ("variations", str(len({one.cell.label for one in outcomes}))),
-        ("seeds", ", ".join(map(str, seeds))),
+        ("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"),
     ]
     sections = [_scores(bench), _differences(bench), _costs(bench), _runs(outcomes, command)]
     sections += _first_seed({_name(o): read(o.cell.folder) for o in done if o.cell.seed == done[0].cell.seed})
