@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from tests.bench.runs import answers, outcome
+from tests.helpers import lines, run
 
-from fedloom.bench import Bench, tabulate
+from fedloom.bench import Bench, Cell, Outcome, tabulate
 from fedloom.bench.comparisons import RECIPES, REGIMES, VARIATIONS
 from fedloom.evaluate import stats
 
@@ -144,3 +145,26 @@ def test_every_file_has_the_comparisons(tmp_path: Path) -> None:
     for name in ("table.md", "table.tex"):
         assert VARIATIONS in paths[name] and "+0.04" in paths[name]
     assert paths["table.tex"].count(r"\begin{tabular}") == 2 and r"95 \% interval" in paths["table.tex"]
+
+
+def test_where_no_samples_are_kept_clients_are_the_items(tiny_folder: Path, tmp_path: Path) -> None:
+    """Loss, measured at the clients; clients of other rows are not compared."""
+    outcomes = []
+    for label, changes in (("fedavg", {}), ("local", {"algorithm": "local"}), ("iid", {"data": {"partition": "iid"}})):
+        folder = tmp_path / label
+        run(tiny_folder, folder, rounds=1, evaluate=[{"name": "loss", "every": 0}], **changes)
+        summary = json.loads((folder / "summary.json").read_text())
+        outcomes.append(Outcome(Cell("r", (("algorithm", label),), 0, (), folder), summary))
+    found = tabulate(outcomes)
+    (one,) = found.comparisons
+    means = [
+        statistics.fmean(
+            line["value"]
+            for line in lines(tmp_path / name / "metrics.jsonl")
+            if line["client"] and line["name"] == f"test/{regime}/loss/loss"
+        )
+        for name, regime in (("fedavg", "federated"), ("local", "local"))
+    ]
+    assert (one.evaluator, one.items, one.seeds[0].p) == ("loss", 3, None)
+    assert one.difference == pytest.approx(means[1] - means[0])
+    assert any("iid" in line and "prompts or rows of" in line for line in found.unpaired)

@@ -241,7 +241,7 @@ def test_several_runs_are_paired_on_the_same_items(compared: Path, other: Path, 
     row = re.search(r'<th scope="row">tasks, other</th>(.*?)</tr>', text)
     assert row is not None
     cells = re.findall("<td>(.*?)</td>", row[1])
-    assert cells[0] == str(len(a)) and cells[3] == f"{100 * (b - a).mean():+.1f}"
+    assert cells[0] == str(len(a)) and cells[3] == f"{100 * (b - a).mean():+.1f} points"
     assert cells[-1] == f"p = {mcnemar(b, a):.3f}"
 
 

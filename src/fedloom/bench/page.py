@@ -97,7 +97,8 @@ def _figure(rows: Sequence[Row], name: str) -> Markup:
 
 def _differences(bench: Bench) -> Section:
     body = paragraph(
-        "Second minus first, on the same items: each item counts once, by its mean score over seeds and clients. The "
+        "Second minus first, on the same items: each item counts once, by its mean score over seeds and clients. Where "
+        "an evaluator keeps no samples (loss), the clients are the items, each with the main metric on its rows. The "
         "95 % interval is a paired bootstrap over items, and tells of other items like these; the deviation over "
         "seeds tells of other training runs. McNemar's exact test of right and wrong is made at each seed, its p "
         "adjusted (Holm) for all tests of this page.",

@@ -91,7 +91,7 @@ def apart(a: Mapping[str, Item], b: Mapping[str, Item]) -> str:
     if a.keys() != b.keys():
         return f"they answered other items ({len(a)} and {len(b)}, {len(a.keys() & b.keys())} in common)"
     if other := [name for name in a if a[name].prompt != b[name].prompt]:
-        return f"the prompts of {len(other)} items differ, {other[0]} among them"
+        return f"the prompts or rows of {len(other)} items differ, {other[0]} among them"
     if other := [name for name in a if a[name].stratum != b[name].stratum]:
         where = f"{a[other[0]].stratum!r} and {b[other[0]].stratum!r}"
         return f"{len(other)} items count in other strata, {other[0]} among them (in {where})"

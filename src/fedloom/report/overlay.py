@@ -75,14 +75,16 @@ def _tests(runs: Mapping[str, Run]) -> tuple[Section, list[str]]:
             else:
                 found.append((name, compare.pair(base.items[evaluator], other.items[evaluator])))
         adjusted = iter(holm([one.p for _, one in found if one.p is not None]))
-        rows += [_row(evaluator, name, one, None if one.p is None else next(adjusted)) for name, one in found]
+        metric = primary(evaluator, runs[first]) or ""
+        rows += [_row(evaluator, metric, name, one, None if one.p is None else next(adjusted)) for name, one in found]
     body = paragraph(
-        f"Each run against {first}, item by item: a paired bootstrap for the size of the difference, McNemar's exact "
+        f"Each run against {first}, item by item, or client by client where an evaluator keeps no samples (loss): a "
+        "paired bootstrap for the size of the difference, McNemar's exact "
         "test for right and wrong (p adjusted by Holm for the number of runs). They tell of these test items; how much "
         "another training seed would change is told only by runs of several seeds.",
         "note",
     )
-    heads = ["evaluator, run", "items", first, "this run", "difference, points", "95 % interval", "gained", "lost", "p"]
+    heads = ["evaluator, run", "items", first, "this run", "difference", "95 % interval", "higher", "lower", "p"]
     if rows:
         body += table(heads, rows, f"Against {first}")
     elif not refused:
@@ -91,16 +93,15 @@ def _tests(runs: Mapping[str, Run]) -> tuple[Section, list[str]]:
     return Section("tests", "Differences on the same items", body), refused
 
 
-def _row(evaluator: str, name: str, one: compare.Paired, p: float | None) -> list[object]:
-    low, high = (f"{100 * v:+.1f}" for v in (one.difference.low, one.difference.high))
-    shares = (f"{100 * v:.1f} %" for v in (one.first, one.second))
-    change = f"{100 * one.difference.mean:+.1f}"
+def _row(evaluator: str, metric: str, name: str, one: compare.Paired, p: float | None) -> list[object]:
+    text, change = parts.text_of(metric), parts.change_of(metric)
     return [
         f"{evaluator}, {name}",
         one.items,
-        *shares,
-        change,
-        f"{low} to {high}",
+        text(one.first),
+        text(one.second),
+        change(one.difference.mean),
+        f"{change(one.difference.low)} to {change(one.difference.high)}",
         one.better,
         one.worse,
         compare.p_text(p),

@@ -40,6 +40,11 @@ def text_of(metric: str) -> Text:
     return (lambda value: f"{100 * value:.1f} %") if metric in SHARES else plain
 
 
+def change_of(metric: str) -> Text:
+    """Return how differences of a metric are told."""
+    return (lambda share: f"{100 * share:+.1f} points") if metric in SHARES else "{:+.3g}".format
+
+
 def title_of(evaluator: str, metric: str) -> str:
     """Return what a metric is called."""
     name = metric.replace("_", " ")

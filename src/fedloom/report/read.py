@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ class Run:
         tested: (regime, evaluator, metric) -> client -> value on test data.
         metrics: regime -> evaluator -> metric -> value on test data, those of compared regimes included.
         samples: evaluator -> lines of its file, compared regimes included.
-        sizes: client -> rows of train, validation, test.
+        sizes: client -> rows of train, validation, test.  tests: client -> hash of its test rows' ids.
         composition: content of composition.json, or empty.
         others: compared regime -> its own run.
     """
@@ -48,6 +49,7 @@ class Run:
     metrics: Metrics = field(default_factory=dict)
     samples: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
     sizes: dict[str, Sequence[int]] = field(default_factory=dict)
+    tests: dict[str, str] = field(default_factory=dict)
     composition: Mapping[str, Any] = field(default_factory=dict)
     others: dict[str, Run] = field(default_factory=dict)
 
@@ -162,4 +164,5 @@ def _split(run: Run) -> None:
     for client, parts in _object(run.folder / "split.json").items():
         if isinstance(parts, Mapping):
             run.sizes[client] = tuple(len(parts.get(name, ())) for name in SPLITS)
+            run.tests[client] = hashlib.sha256(json.dumps(parts.get("test", ())).encode()).hexdigest()
     run.composition = _object(run.folder / "composition.json")

@@ -14,7 +14,7 @@ from fedloom.report import compare, parts, svg
 from fedloom.report.compare import Paired
 from fedloom.report.parts import Section, figure, grid, paragraph, table
 from fedloom.report.read import Run, ordered
-from fedloom.results import SHARES, measures
+from fedloom.results import measures
 
 SWARM = 60
 """Clients whose single values are drawn beside a mean."""
@@ -129,7 +129,7 @@ def _on_items(run: Run, evaluator: str, metric: str, other: str, pairs: Pairs) -
     """Tell a comparison on the same items."""
     found, p = pairs[evaluator, other]
     lower = parts.direction(evaluator, metric) == "lower is better"
-    change = _points if metric in SHARES else "{:+.3g}".format
+    change = parts.change_of(metric)
     test = f"; McNemar's test of right and wrong answers, {compare.p_text(p)} (Holm)" if p is not None else ""
     gained, lost = (found.worse, found.better) if lower else (found.better, found.worse)
     low, high = found.difference.low, found.difference.high
@@ -165,10 +165,6 @@ def _verdict(what: str, told: str, low: float, high: float, lower: bool) -> Mark
     kind = "open" if low <= 0 <= high else "good" if (high < 0) == lower else "bad"
     word = {"open": "no clear difference", "good": "better", "bad": "worse"}[kind]
     return svg.tag('<span class="verdict {}">{}</span> {}: {}', kind, word, what, told)
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f} points"
 
 
 def scores(run: Run) -> Section:

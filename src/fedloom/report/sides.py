@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedloom.evaluate import Evaluator
 from fedloom.evaluate.scored import Item
 from fedloom.report import compare
 from fedloom.report.read import Run
@@ -17,7 +18,7 @@ class Side:
 
     Attributes:
         settings: evaluator -> what its results depend on beside the model (`compare.settings`).
-        items: evaluator that keeps samples -> its items.
+        items: evaluator -> its items; the clients themselves, where it keeps no samples but measures them apart.
         not_run: evaluator -> why it was not run, as in summary.json.
     """
 
@@ -31,13 +32,26 @@ def side(run: Run, regime: str) -> Side:
     measured = run.metrics.get(regime, {})
     return Side(
         {name: compare.settings(run, name) for name in measured},
-        {name: compare.items(run, name, regime) for name in measured if name in run.samples},
+        {
+            name: found
+            for name in measured
+            if (found := compare.items(run, name, regime) if name in run.samples else _clients(run, name, regime))
+        },
         (run.summary.get("not_run") or {}).get(regime, {}),
     )
 
 
+def _clients(run: Run, evaluator: str, regime: str) -> dict[str, Item]:
+    """Return clients as items: each with its rows and the main metric on them; {} of fewer than two."""
+    part = Evaluator.known.get(evaluator)
+    metric = part.primary if part is not None and issubclass(part, Evaluator) else evaluator
+    values = run.others.get(regime, run).tested.get((regime, evaluator, metric), {})
+    found = {name: Item(run.tests.get(name, ""), value, "", None) for name, value in values.items()}
+    return found if len(found) > 1 else {}
+
+
 def evaluators(*sides: Side) -> list[str]:
-    """Return the evaluators of which at least one side keeps samples."""
+    """Return the evaluators of which at least one side has items."""
     return list(dict.fromkeys(name for one in sides for name in one.items))
 
 
