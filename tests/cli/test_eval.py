@@ -138,7 +138,7 @@ def test_a_loss_without_rows_was_not_measured(tiny_folder: Path, tmp_path: Path)
     changes = {"splits": {"train": 1, "validation": 0, "test": 0}}
     run = run_recipe(tiny_folder, tmp_path / "r", rounds=1, data=changes, evaluate=["loss"])
     assert run.summary["metrics"]["federated"] == {}
-    assert "no client has rows in test" in run.summary["not_run"]["federated"]["loss"]
+    assert "no client has rows of its own in test" in run.summary["not_run"]["federated"]["loss"]
     ran = call("eval", run.folder, "--out", tmp_path / "out")
     assert ran.exit_code == 4
-    assert "no client has rows in test" in ran.output
+    assert "no client has rows of its own in test" in ran.output
