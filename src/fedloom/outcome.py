@@ -293,12 +293,16 @@ def summarize(world: World, state: ServerState, others: Mapping[str, Mapping[str
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the content of a run folder's summary.json; {} where there is none yet.
+    """Return the content of a run folder's summary.json; see `read_object`."""
+    return read_object(folder / "summary.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of one of a run folder's JSON files; {} where there is none yet.
 
     Raises:
         RecipeError: the file is damaged.
     """
-    path = folder / "summary.json"
     if not path.is_file():
         return {}
     try:

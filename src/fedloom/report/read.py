@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from fedloom.evaluate.view import ADAPTED
-from fedloom.outcome import read_summary
+from fedloom.outcome import read_object, read_summary
 from fedloom.results import REGIMES, Metrics
 from fedloom.types import RecipeError
 
@@ -125,16 +125,6 @@ def _lines(path: Path) -> Iterator[Any]:
                 return
 
 
-def _object(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path} is damaged ({error}); run again, or remove the file") from error
-    return found if isinstance(found, dict) else {}
-
-
 def _metrics(run: Run, path: Path) -> dict[str, Mapping[str, Mapping[str, Any]]]:
     """Sort the lines of metrics.jsonl into curves; return those on test data."""
     tested: dict[str, dict[str, dict[str, float]]] = {}
@@ -161,8 +151,8 @@ def _metrics(run: Run, path: Path) -> dict[str, Mapping[str, Mapping[str, Any]]]
 
 
 def _split(run: Run) -> None:
-    for client, parts in _object(run.folder / "split.json").items():
+    for client, parts in read_object(run.folder / "split.json").items():
         if isinstance(parts, Mapping):
             run.sizes[client] = tuple(len(parts.get(name, ())) for name in SPLITS)
             run.tests[client] = hashlib.sha256(json.dumps(parts.get("test", ())).encode()).hexdigest()
-    run.composition = _object(run.folder / "composition.json")
+    run.composition = read_object(run.folder / "composition.json")
